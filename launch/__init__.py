@@ -1,0 +1,1 @@
+"""The command line: `python -m launch COMMAND`. One thin file per command."""

@@ -1,0 +1,315 @@
+"""The schema of a run: one frozen, strict value that describes it completely.
+
+A config is read from YAML, overridden by dotted `section.field=value` words and validated once. Two hashes name it:
+the *semantic* one (what is learned: model, data, optimizer) guards resume; the *execution* one (where and how it is
+computed: mesh, precision, kernels) may change when a run resumes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Llama3RopeScaling(Section):
+    """The frequency-dependent scaling of Llama 3.1 (`rope_type: llama3` in Hugging Face configs)."""
+
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_position_embeddings: Positive
+
+    @model_validator(mode="after")
+    def _bands_are_ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be greater than low_freq_factor")
+        return self
+
+
+class ModelConfig(Section):
+    """A Llama-family decoder; the names are those of Hugging Face's `LlamaConfig`."""
+
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    max_position_embeddings: Positive
+    rms_norm_eps: PositiveFloat
+    rope_theta: PositiveFloat
+    rope_scaling: Llama3RopeScaling | None = None
+    tie_word_embeddings: bool
+    attention_bias: bool = False
+    initializer_range: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
+        return self
+
+
+class InitConfig(Section):
+    """Where the first weights come from, and what comes with them."""
+
+    path: Path = Field(description="a run or an imported checkpoint")
+    step: NonNegative | None = Field(default=None, description="null: the newest")
+    optimizer: Literal["reset", "carry"] = Field(description="Adam's moments and their step count")
+    schedule: Literal["reset", "carry"] = Field(
+        description="reset: this run's schedule starts at its first step; carry: it goes on from the source's step"
+    )
+
+
+class SourceConfig(Section):
+    """One set of files of documents, with the labels its documents carry."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    paths: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="files or glob patterns")
+    format: Literal["auto", "jsonl", "parquet", "text"] = Field(
+        default="auto", description="auto: by suffix; jsonl may be compressed as .zst or .gz; text is one document a file"
+    )
+    text_field: str = "text"
+    labels: dict[str, str] = Field(default={}, description="labels of every document, e.g. language: ru")
+    label_fields: dict[str, str] = Field(default={}, description="label -> the document field that holds it")
+    training: bool = Field(default=True, description="false: all of it is held out, none is ever trained on")
+
+
+class HeldOutConfig(Section):
+    """Documents set aside for evaluation before anything is counted."""
+
+    fraction: Rate = Field(description="share of each bucket's documents")
+    max_documents: NonNegative | None = Field(default=None, description="limit per bucket; null: none")
+
+
+class NearDuplicatesConfig(Section):
+    """MinHash near-duplicate removal; the first document of a group stays."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    num_permutations: Positive = 128
+    ngram_words: Positive = 5
+
+
+class PrepareConfig(Section):
+    """Documents -> buckets of token rows."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    bucket_labels: tuple[str, ...] = ("source", "language", "style", "topic", "domain")
+    held_out: HeldOutConfig
+    near_duplicates: NearDuplicatesConfig | None = None
+    max_document_characters: Positive = 10_000_000
+    max_quarantine_rate: Fraction = Field(default=0.01, description="above this share of bad documents it stops")
+    num_workers: Positive | None = Field(default=None, description="null: one per core")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"source names must differ; repeated: {', '.join(repeated)}")
+        return self
+
+
+class MixtureGroup(Section):
+    """The buckets that carry all of `select`'s labels, and how much of them is used."""
+
+    select: dict[str, str] = Field(description="label -> value; {} selects every bucket not selected before")
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="of the budget's tokens")
+    epochs: NonNegativeFloat | None = Field(default=None, description="passes over each selected bucket")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if (self.share is None) == (self.epochs is None):
+            raise ValueError("give exactly one of share and epochs")
+        return self
+
+
+class MixtureConfig(Section):
+    """What a stage consumes. Shares need a budget; groups of epochs make one."""
+
+    tokens: Positive | None = Field(default=None, description="budget; null: train.steps batches, or the groups' epochs")
+    groups: Annotated[tuple[MixtureGroup, ...], Field(min_length=1)] = (MixtureGroup(select={}, epochs=1.0),)
+
+    @model_validator(mode="after")
+    def _shares_or_epochs(self) -> Self:
+        shares = [group.share for group in self.groups if group.share is not None]
+        if shares and len(shares) != len(self.groups):
+            raise ValueError("give every group a share, or every group epochs")
+        if shares and abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"the groups' shares add up to {sum(shares):g}; make them add up to 1")
+        return self
+
+
+class DataConfig(Section):
+    """Tokens: how text becomes rows, where the rows lie, and in which proportions they are read."""
+
+    buckets: Path
+    tokenizer: Path | None = Field(default=None, description="a Hugging Face directory; null: that of init_from")
+    sequence_length: Positive
+    document_start: str | None = Field(default="bos", description="bos, eos, a token's text, or null for none")
+    document_end: str | None = Field(default="eos", description="bos, eos, a token's text, or null for none")
+    document_masking: bool = Field(default=False, description="attention stays inside a document")
+    prepare: PrepareConfig | None = Field(default=None, description="null: the buckets are there already")
+    mixture: MixtureConfig = MixtureConfig()
+
+
+class OptimizerConfig(Section):
+    """Decoupled AdamW with the semantics of Composer's `DecoupledAdamW`."""
+
+    learning_rate: PositiveFloat = Field(description="the schedule's peak")
+    beta1: Rate = 0.9
+    beta2: Rate = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(
+        description="decoupled: p <- p (1 - (lr / weight_decay_reference_lr) weight_decay); 1e-6 at lr 1e-5 is AdamW's 0.1"
+    )
+    weight_decay_reference_lr: PositiveFloat | None = Field(
+        default=None, description="Composer's initial_lr; null: learning_rate"
+    )
+    weight_decay_on: Literal["all", "matrices"] = Field(default="all", description="matrices: norms and biases are spared")
+    max_gradient_norm: PositiveFloat | None = Field(default=1.0, description="null: no clipping")
+
+
+class ScheduleConfig(Section):
+    """The learning rate over steps; the first update has a rate of 0 when warmup_steps > 0."""
+
+    name: Literal["constant_with_warmup", "cosine_with_warmup"]
+    warmup_steps: NonNegative
+    total_steps: Positive | None = Field(default=None, description="length of the cosine; null: train.steps")
+    final_lr_fraction: Fraction = 0.0
+
+
+class TrainConfig(Section):
+    """How long, and how much at a time."""
+
+    steps: Positive | None = Field(default=None, description="null: as many whole batches as the mixture has")
+    batch_size: Positive = Field(description="sequences in a step, over all devices")
+    log_every: Positive = 1
+
+
+class MeshConfig(Section):
+    """replica x fsdp devices: parameters are sharded over fsdp and replicated over replica (hybrid shard).
+
+    replica 1 is full shard; fsdp 1 is plain data parallelism.
+    """
+
+    replica: Positive = 1
+    fsdp: Positive | None = Field(default=None, description="null: all devices that remain")
+
+
+class ExecutionConfig(Section):
+    """How the step is computed; changes rounding at most, never what is learned."""
+
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    reduce_dtype: Literal["bfloat16", "float32"] = Field(default="float32", description="of gradients on the wire")
+    num_microbatches: Positive = 1
+    remat: Literal["full", "dots", "none"] = Field(
+        default="dots", description="recompute all of a block, all but its matrix products, or nothing"
+    )
+    attention: Literal["auto", "xla", "xla_chunked", "cudnn"] = "auto"
+    loss_chunk_tokens: Positive = Field(default=1024, description="tokens whose logits exist at once, per device")
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every: Positive = Field(default=500, description="steps; the last step is always saved")
+    keep_latest: Positive = 2
+    keep_every: Positive | None = Field(default=None, description="steps; these are never deleted")
+
+
+class EvaluationConfig(Section):
+    """Bits per byte on held-out documents."""
+
+    every: Positive | None = Field(default=None, description="steps; null: never during training")
+    batch_size: Positive = 8
+    max_tokens: Positive | None = Field(default=None, description="per bucket; null: all held-out tokens")
+
+
+class TelemetryConfig(Section):
+    """Where metrics go."""
+
+    console: bool = True
+    jsonl: bool = True
+    tensorboard: bool = True
+    peak_flops_per_device: PositiveFloat | None = Field(default=None, description="null: looked up by device kind")
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    output: Path
+    seed: NonNegative = 0
+    model: ModelConfig | None = Field(default=None, description="null: that of init_from")
+    init_from: InitConfig | None = Field(default=None, description="null: random weights")
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _model_is_known(self) -> Self:
+        if self.model is None and self.init_from is None:
+            raise ValueError("give model (its shape, for random weights) or init_from (a checkpoint to start from)")
+        if self.data.tokenizer is None and self.init_from is None:
+            raise ValueError("give data.tokenizer: without init_from there is no checkpoint to take it from")
+        return self
+
+    def semantic(self) -> dict[str, Any]:
+        """What is learned. Paths are left out where the content they name is hashed on its own (tokenizer, buckets)."""
+        values = self.model_dump(mode="json")
+        data = {key: values["data"][key] for key in ("sequence_length", "document_masking", "mixture")}
+        # A longer run under the same schedule learns the same thing up to where the shorter one ended.
+        return {
+            "seed": values["seed"],
+            "model": values["model"],
+            "init_from": values["init_from"],
+            "data": data,
+            "optimizer": values["optimizer"],
+            "schedule": values["schedule"],
+            "train": {"batch_size": values["train"]["batch_size"]},
+        }
+
+    def execution_values(self) -> dict[str, Any]:
+        """Where and how it is computed."""
+        values = self.model_dump(mode="json")
+        return {"mesh": values["mesh"], "execution": values["execution"]}
+
+    def semantic_hash(self) -> str:
+        """Names what is learned; guards resume."""
+        return digest(self.semantic())
+
+    def execution_hash(self) -> str:
+        """Names where and how it is computed; may change on resume."""
+        return digest(self.execution_values())
+
+
+def digest(value: Any) -> str:
+    """Returns 16 hexadecimal digits of the SHA-256 of a JSON-like value's canonical form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,28 @@
+"""The one exception a user is meant to read."""
+
+import importlib
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that says what is wrong and what to do about it.
+
+    The command line prints it without a trace and exits with status 2.
+    """
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Imports an optional dependency, or says in one line which extra provides it.
+
+    Args:
+      module: importable name, e.g. "torch".
+      extra: the extra of setup.cfg that installs it.
+      purpose: what it is needed for, as the subject of the sentence.
+
+    Raises:
+      UserError: when the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{purpose} needs {module!r}: pip install 'tlite_jax[{extra}]'") from error
