@@ -1,0 +1,80 @@
+"""The parts of a Llama block that are not attention.
+
+Shapes: B batch, T tokens, D embed, N heads, H head_dim, F mlp.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlite_jax.config import Llama3RopeScaling
+
+
+def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
+    """x @ weight^T (+ bias), with the weight in Hugging Face's layout.
+
+    Args:
+      x: [..., I].
+      weight_OI: [O, I], same dtype as x.
+      bias_O: [O] or None.
+
+    Returns:
+      [..., O] in x's dtype; products are accumulated in float32.
+    """
+    y = jnp.einsum("...i,oi->...o", x, weight_OI)
+    return y if bias_O is None else y + bias_O
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation in float32 (Zhang & Sennrich 2019; transformers' LlamaRMSNorm).
+
+    Returns:
+      [B, T, D] in x's dtype.
+    """
+    x32_BTD = x_BTD.astype(jnp.float32)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
+    return (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+def swiglu(x_BTD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array) -> jax.Array:
+    """down(silu(gate x) * up x) (Shazeer 2020). Returns [B, T, D]."""
+    return linear(jax.nn.silu(linear(x_BTD, gate_FD)) * linear(x_BTD, up_FD), down_DF)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: Llama3RopeScaling | None) -> np.ndarray:
+    """Inverse frequencies of rotary position embedding, plain or scaled as in Llama 3.1.
+
+    Follows transformers' `_compute_llama3_parameters`: long waves are slowed by `factor`, short ones are left
+    alone, those between are interpolated.
+
+    Returns:
+      [H / 2] float32, radians a position.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth = (scaling.original_max_position_embeddings / wavelengths - scaling.low_freq_factor) / span
+    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    slowed = np.where(wavelengths > longest, frequencies / scaling.factor, blended)
+    return np.where(wavelengths < shortest, frequencies, slowed).astype(np.float32)
+
+
+def rope_tables(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every position's rotation angles: two [B, T, 1, H / 2] float32 arrays."""
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + H/2), Hugging Face's half-split layout. Computed in float32; returns x's dtype."""
+    cosine, sine = tables
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x_BTNH.dtype)

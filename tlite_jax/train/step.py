@@ -1,0 +1,146 @@
+"""One optimizer step as one program: gradients under shard_map, the update on sharded arrays.
+
+The collectives are written out. In each microbatch every layer's weights are gathered over `fsdp` inside its
+rematerialised block and their gradients reduce-scattered by its transpose; shards of gradients accumulate in float32;
+after the last microbatch they are summed over `replica`, once. Losses are sums, divided once by the global count.
+
+Shapes: B sequences of the step, T tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tlite_jax import optimizer as adamw
+from tlite_jax.config import ExecutionConfig, ModelConfig, OptimizerConfig
+from tlite_jax.errors import UserError
+from tlite_jax.loss import cross_entropy
+from tlite_jax.model import attention, decoder
+from tlite_jax.optimizer import Schedule
+from tlite_jax.sharding import BATCH_SPEC, FSDP, REPLICA, make_gather, partition_specs
+from tlite_jax.train.state import TrainState, abstract_state, shardings
+
+Batch = dict[str, jax.Array]  # tokens, targets and, with document masking, segment_ids: [B, T] int32
+Metrics = dict[str, jax.Array]  # scalars
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int) -> None:
+    """Raises UserError when sequences cannot be dealt out evenly; names batch sizes that can."""
+    unit = mesh.size * num_microbatches
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+        fits = " or ".join(str(size) for size in (below, above) if size)
+        raise UserError(
+            f"train.batch_size {batch_size} is not divisible by {mesh.size} devices x {num_microbatches} microbatches "
+            f"(execution.num_microbatches); use {fits}"
+        )
+
+
+def summed_loss_fn(
+    model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """(params, batch) -> (summed loss, scored tokens) of the rows one device holds, to be called under shard_map."""
+    graphdef = decoder.graphdef(model)
+    gather = make_gather(
+        decoder.logical_axes(model), mesh.shape[FSDP], execution.compute_dtype, execution.reduce_dtype
+    )
+    attend = attention.select(
+        execution.attention,
+        platform=mesh.devices.flat[0].platform,
+        dtype=execution.compute_dtype,
+        document_masking=document_masking,
+    )
+
+    def summed_loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        hidden_BTD, head_VD = nnx.merge(graphdef, params)(
+            batch["tokens"], batch.get("segment_ids"), gather=gather, attend=attend, remat=execution.remat
+        )
+        return cross_entropy(hidden_BTD, head_VD, batch["targets"], chunk_tokens=execution.loss_chunk_tokens)
+
+    return summed_loss
+
+
+def make_gradients(
+    model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool
+) -> Callable[[Any, Batch], tuple[Any, jax.Array, jax.Array]]:
+    """(params, batch) -> (gradient of the summed loss, summed loss, scored tokens), summed over the whole batch."""
+    gradient_fn = jax.value_and_grad(summed_loss_fn(model, execution, mesh, document_masking), has_aux=True)
+
+    def local_gradients(params: Any, batch: Batch) -> tuple[Any, jax.Array, jax.Array]:
+        k = execution.num_microbatches
+        if k == 1:
+            (loss, count), gradients = gradient_fn(params, batch)
+        else:
+            microbatches = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
+
+            def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+                (loss, count), gradients = gradient_fn(params, microbatch)
+                return jax.tree.map(jnp.add, sums, (gradients, loss, count)), None
+
+            zeros = jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0)
+            (gradients, loss, count), _ = jax.lax.scan(accumulate, zeros, microbatches)
+        if mesh.shape[REPLICA] > 1:
+            gradients = jax.tree.map(lambda gradient: jax.lax.psum(gradient, REPLICA), gradients)
+        return gradients, jax.lax.psum(loss, (REPLICA, FSDP)), jax.lax.psum(count, (REPLICA, FSDP))
+
+    specs = partition_specs(decoder.param_specs(model))
+    scalar = PartitionSpec()
+    # check_vma=True would insert the replica reduction at every use, inside the layer loop; a test reads the program.
+    return jax.shard_map(
+        local_gradients,
+        mesh=mesh,
+        in_specs=(specs, BATCH_SPEC),
+        out_specs=(specs, scalar, scalar),
+        check_vma=False,
+    )
+
+
+def make_step(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    execution: ExecutionConfig,
+    mesh: Mesh,
+    *,
+    schedule: Schedule,
+    document_masking: bool = False,
+) -> Step:
+    """Builds the jitted training step; its state argument is donated.
+
+    Args:
+      model, optimizer, execution: sections of the run's config.
+      mesh: from `sharding.make_mesh`.
+      schedule: learning rate as a function of the state's step.
+      document_masking: attention stays inside a document; batches then carry segment_ids.
+
+    Returns:
+      (state, batch) -> (state, metrics): loss (nats a token), gradient_norm (before clipping), learning_rate, tokens
+      (scored). Metrics are not read back here: that would wait for the step.
+    """
+    gradients_fn = make_gradients(model, execution, mesh, document_masking)
+    mask = adamw.decay_mask(optimizer, decoder.param_specs(model))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, loss, count = gradients_fn(state.params, batch)
+        gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
+        norm = adamw.global_norm(gradients)
+        gradients = adamw.clip(gradients, norm, optimizer.max_gradient_norm)
+        learning_rate = schedule(state.step)
+        params, moments = adamw.update(
+            optimizer, gradients, state.optimizer, state.params, learning_rate, mask
+        )
+        metrics = {
+            "loss": loss / count,
+            "gradient_norm": norm,
+            "learning_rate": learning_rate,
+            "tokens": count,
+        }
+        return TrainState(state.step + 1, params, moments), metrics
+
+    scalar = NamedSharding(mesh, PartitionSpec())
+    outputs = shardings(abstract_state(model, mesh)), scalar
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs)
