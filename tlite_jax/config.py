@@ -120,9 +120,7 @@ class PrepareConfig(Section):
     held_out: HeldOutConfig
     near_duplicates: NearDuplicatesConfig | None = None
     max_document_characters: Positive = 10_000_000
-    max_quarantine_rate: Fraction = Field(
-        default=0.01, description="above this share of bad documents it stops"
-    )
+    max_quarantine_rate: Fraction = Field(default=0.01, description="above this share of bad documents it stops")
     num_workers: Positive | None = Field(default=None, description="null: one per core")
 
     @model_validator(mode="after")
@@ -137,9 +135,7 @@ class MixtureGroup(Section):
     """The buckets that carry all of `select`'s labels, and how much of them is used."""
 
     select: dict[str, str] = Field(description="label -> value; {} selects every bucket not selected before")
-    share: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="of the budget's tokens"
-    )
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="of the budget's tokens")
     epochs: NonNegativeFloat | None = Field(default=None, description="passes over each selected bucket")
 
     @model_validator(mode="after")
@@ -171,13 +167,9 @@ class DataConfig(Section):
     """Tokens: how text becomes rows, where the rows lie, and in which proportions they are read."""
 
     buckets: Path
-    tokenizer: Path | None = Field(
-        default=None, description="a Hugging Face directory; null: that of init_from"
-    )
+    tokenizer: Path | None = Field(default=None, description="a Hugging Face directory; null: that of init_from")
     sequence_length: Positive
-    document_start: str | None = Field(
-        default="bos", description="bos, eos, a token's text, or null for none"
-    )
+    document_start: str | None = Field(default="bos", description="bos, eos, a token's text, or null for none")
     document_end: str | None = Field(default="eos", description="bos, eos, a token's text, or null for none")
     document_masking: bool = Field(default=False, description="attention stays inside a document")
     prepare: PrepareConfig | None = Field(default=None, description="null: the buckets are there already")
@@ -192,7 +184,7 @@ class OptimizerConfig(Section):
     beta2: Rate = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(
-        description="decoupled: p <- p (1 - (lr / weight_decay_reference_lr) weight_decay); 1e-6 at lr 1e-5 is AdamW's 0.1"
+        description="p <- p (1 - (lr / weight_decay_reference_lr) weight_decay); 1e-6 at lr 1e-5 is AdamW's 0.1"
     )
     weight_decay_reference_lr: PositiveFloat | None = Field(
         default=None, description="Composer's initial_lr; null: learning_rate"
@@ -234,17 +226,13 @@ class ExecutionConfig(Section):
     """How the step is computed; changes rounding at most, never what is learned."""
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    reduce_dtype: Literal["bfloat16", "float32"] = Field(
-        default="float32", description="of gradients on the wire"
-    )
+    reduce_dtype: Literal["bfloat16", "float32"] = Field(default="float32", description="of gradients on the wire")
     num_microbatches: Positive = 1
     remat: Literal["full", "dots", "none"] = Field(
         default="dots", description="recompute all of a block, all but its matrix products, or nothing"
     )
     attention: Literal["auto", "xla", "xla_chunked", "cudnn"] = "auto"
-    loss_chunk_tokens: Positive = Field(
-        default=1024, description="tokens whose logits exist at once, per device"
-    )
+    loss_chunk_tokens: Positive = Field(default=1024, description="tokens whose logits exist at once, per device")
 
 
 class CheckpointConfig(Section):
@@ -269,9 +257,7 @@ class TelemetryConfig(Section):
     console: bool = True
     jsonl: bool = True
     tensorboard: bool = True
-    peak_flops_per_device: PositiveFloat | None = Field(
-        default=None, description="null: looked up by device kind"
-    )
+    peak_flops_per_device: PositiveFloat | None = Field(default=None, description="null: looked up by device kind")
 
 
 class RunConfig(Section):
@@ -294,9 +280,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _model_is_known(self) -> Self:
         if self.model is None and self.init_from is None:
-            raise ValueError(
-                "give model (its shape, for random weights) or init_from (a checkpoint to start from)"
-            )
+            raise ValueError("give model (its shape, for random weights) or init_from (a checkpoint to start from)")
         if self.data.tokenizer is None and self.init_from is None:
             raise ValueError("give data.tokenizer: without init_from there is no checkpoint to take it from")
         return self

@@ -26,13 +26,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not a string", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -85,9 +81,7 @@ def parse(section: type[SectionT], values: Mapping[str, Any], origin: str) -> Se
     try:
         return section.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise UserError(
-            "; ".join(_explain(section, problem, origin) for problem in error.errors())
-        ) from error
+        raise UserError("; ".join(_explain(section, problem, origin) for problem in error.errors())) from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{origin}: {error}") from error
 

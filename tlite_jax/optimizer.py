@@ -24,7 +24,7 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 class AdamState(NamedTuple):
     """First and second moments, float32, shaped and sharded like the parameters, and how often they were updated."""
 
-    count: jax.Array
+    num_updates: jax.Array
     mu: Tree
     nu: Tree
 
@@ -48,12 +48,8 @@ def make_schedule(config: ScheduleConfig, peak: float, total_steps: int) -> Sche
         rest: Schedule = optax.schedules.constant_schedule(peak)
     else:
         decay_steps = (config.total_steps or total_steps) - config.warmup_steps
-        rest = optax.schedules.cosine_decay_schedule(
-            peak, max(decay_steps, 1), alpha=config.final_lr_fraction
-        )
-    return (
-        optax.schedules.join_schedules([warmup, rest], [config.warmup_steps]) if config.warmup_steps else rest
-    )
+        rest = optax.schedules.cosine_decay_schedule(peak, max(decay_steps, 1), alpha=config.final_lr_fraction)
+    return optax.schedules.join_schedules([warmup, rest], [config.warmup_steps]) if config.warmup_steps else rest
 
 
 def global_norm(gradients: Tree) -> jax.Array:
@@ -100,7 +96,7 @@ def update(
       New parameters and state.
     """
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
-    moves, moments = adam.update(gradients, optax.ScaleByAdamState(state.count, state.mu, state.nu))
+    moves, moments = adam.update(gradients, optax.ScaleByAdamState(state.num_updates, state.mu, state.nu))
     decay = config.weight_decay / (config.weight_decay_reference_lr or config.learning_rate)
 
     def moved(param: jax.Array, move: jax.Array, decays: bool) -> jax.Array:

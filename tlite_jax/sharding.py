@@ -44,8 +44,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if config.replica * fsdp != len(devices):
         fits = [f"{len(devices) // d} x {d}" for d in range(1, len(devices) + 1) if len(devices) % d == 0]
         raise UserError(
-            f"mesh: replica {config.replica} x fsdp {fsdp} needs {config.replica * fsdp} devices, found {len(devices)}; "
-            f"replica x fsdp that fit: {', '.join(fits)}"
+            f"mesh: replica {config.replica} x fsdp {fsdp} needs {config.replica * fsdp} devices, "
+            f"found {len(devices)}; replica x fsdp that fit: {', '.join(fits)}"
         )
     grid = np.asarray(devices).reshape(config.replica, fsdp)
     return Mesh(grid, (REPLICA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -100,9 +100,7 @@ def unpad_params(params: Any, specs: Any) -> Any:
     return map_specs(lambda spec, param: param[tuple(slice(size) for size in spec.shape)], specs, params)
 
 
-def make_gather(
-    axis_sizes: Mapping[str, int], num_shards: int, compute_dtype: str, reduce_dtype: str
-) -> Callable:
+def make_gather(axis_sizes: Mapping[str, int], num_shards: int, compute_dtype: str, reduce_dtype: str) -> Callable:
     """The model's `gather` hook, to be called under shard_map on a mesh with an `fsdp` axis.
 
     Casts a shard to the compute dtype, collects the whole from the `fsdp` group and drops the padding. Its transpose
@@ -115,16 +113,14 @@ def make_gather(
       reduce_dtype: of gradients on the wire; the sum is kept in float32.
     """
 
-    def gather_param(param: nnx.Param) -> nnx.Param:
+    def gather_param(param: nnx.Param) -> nnx.Variable:
         size = axis_sizes[param.axes[0]]
         return param.replace(_collect(param[...], size, num_shards, compute_dtype, reduce_dtype))
 
     return lambda part: jax.tree.map(gather_param, part, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
-def _collect(
-    shard: jax.Array, size: int, num_shards: int, compute_dtype: str, reduce_dtype: str
-) -> jax.Array:
+def _collect(shard: jax.Array, size: int, num_shards: int, compute_dtype: str, reduce_dtype: str) -> jax.Array:
     """[size padded / num_shards, ...] float32 -> [size, ...] in the compute dtype."""
     if num_shards == 1:
         if shard.dtype == compute_dtype:

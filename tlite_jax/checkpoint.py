@@ -1,0 +1,247 @@
+"""Checkpoints: what a run is at a step, on disk, whole or absent.
+
+A run directory holds `checkpoints/STEP/`, each an Orbax checkpoint of three items: `params` (stored, padded shapes),
+`optimizer` (absent where there is none, as in an imported model) and `meta` (JSON: what the arrays mean). Orbax
+writes under a temporary name and renames, so a STEP directory is complete. Steps are read from the directory, never
+from a cache.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from pydantic import Field
+
+from tlite_jax.config import CheckpointConfig, ModelConfig, NonNegative, Section
+from tlite_jax.config_files import parse
+from tlite_jax.errors import UserError
+from tlite_jax.model.decoder import param_specs
+from tlite_jax.optimizer import AdamState
+from tlite_jax.sharding import abstract_params, map_specs
+from tlite_jax.train.state import TrainState, abstract_state
+
+FORMAT_VERSION = 1
+
+
+class Segment(Section):
+    """From start_row on, rows follow the plan with this hash, counted from there."""
+
+    start_row: NonNegative
+    plan_hash: str
+
+
+class Meta(Section):
+    """What the arrays of a checkpoint mean."""
+
+    format_version: Literal[1] = 1
+    step: NonNegative
+    rows_consumed: NonNegative = 0
+    segments: tuple[Segment, ...] = ()
+    schedule_offset: NonNegative = 0
+    model: ModelConfig
+    weights_dtype: Literal["bfloat16", "float16", "float32"]
+    origin: str
+    config: dict[str, Any] | None = None
+    tensor_dtypes: dict[str, str] = Field(default={})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    run: Path
+    step: int
+    path: Path
+    meta: Meta
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The Hugging Face tokenizer that goes with the weights."""
+        return self.run / "tokenizer"
+
+    @property
+    def has_optimizer(self) -> bool:
+        """False for an imported model."""
+        return (self.path / "optimizer").is_dir()
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    """The complete steps of a run, ascending."""
+    directory = run / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def find(path: Path, step: int | None = None) -> Checkpoint:
+    """Opens RUN (the newest step, or the given one) or RUN/checkpoints/STEP; reads no arrays.
+
+    Raises:
+      UserError: nothing there, no such step, or a format that this version does not read.
+    """
+    path = Path(path)
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        run, step = path.parent.parent, int(path.name)
+    else:
+        run = path
+    steps = steps_on_disk(run)
+    if not steps:
+        raise UserError(
+            f"no checkpoint in {path}; give a run directory, one of its checkpoints/STEP, or `import` a model"
+        )
+    if step is None:
+        step = steps[-1]
+    elif step not in steps:
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    directory = run / "checkpoints" / str(step)
+    return Checkpoint(run, step, directory, _read_meta(directory))
+
+
+def _read_meta(directory: Path) -> Meta:
+    file = directory / "meta" / "metadata"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} is not a checkpoint of ours: cannot read {file.name} of meta") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{directory}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    return parse(Meta, values, origin=str(file))
+
+
+def load_params(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Reads the parameters into host memory: a nested dict of numpy arrays, logical shapes, stored dtypes."""
+    specs = param_specs(checkpoint.meta.model)
+    as_numpy = map_specs(lambda spec: ocp.RestoreArgs(restore_type=np.ndarray), specs)
+    placeholders = map_specs(lambda spec: np.zeros((), np.float32), specs)
+    stored = _restore(checkpoint.path / "params", placeholders, as_numpy)
+    return map_specs(lambda spec, array: np.asarray(array)[tuple(map(slice, spec.shape))], specs, stored)
+
+
+def restore_params(checkpoint: Checkpoint, mesh: Mesh) -> Any:
+    """Reads the parameters into their shards on a mesh, float32, padded for it whatever they were padded for."""
+    return _restore_sharded(checkpoint.path / "params", abstract_params(param_specs(checkpoint.meta.model), mesh))
+
+
+def restore_optimizer(checkpoint: Checkpoint, mesh: Mesh) -> AdamState:
+    """Reads Adam's moments into their shards on a mesh.
+
+    Raises:
+      UserError: the checkpoint has none.
+    """
+    if not checkpoint.has_optimizer:
+        raise UserError(f"{checkpoint.path} holds no optimizer state; use init_from.optimizer: reset")
+    abstract = abstract_state(checkpoint.meta.model, mesh).optimizer
+    return AdamState(**_restore_sharded(checkpoint.path / "optimizer", abstract._asdict()))
+
+
+def _restore_sharded(directory: Path, abstract: Any) -> Any:
+    # strict=False lets the stored, padded shape differ from the wanted one: the difference is padding, which is zero.
+    arguments = jax.tree.map(
+        lambda leaf: ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False
+        ),
+        abstract,
+    )
+    return _restore(directory, abstract, arguments)
+
+
+def _restore(directory: Path, item: Any, restore_args: Any) -> Any:
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+        return checkpointer.restore(
+            directory.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+        )
+
+
+def save_model(
+    run: Path,
+    params: Any,
+    model: ModelConfig,
+    *,
+    weights_dtype: Literal["bfloat16", "float16", "float32"],
+    origin: str,
+    tensor_dtypes: dict[str, str] | None = None,
+) -> None:
+    """Writes a model without optimizer as step 0 of a run; the tokenizer is the caller's to place beside it.
+
+    Args:
+      run: directory; made if absent.
+      params: nested dict of host or device arrays, logical shapes, any float dtype.
+      model: their shape.
+      weights_dtype: the dtype that `export` writes by default.
+      origin: where they came from, for people.
+      tensor_dtypes: Hugging Face names of tensors whose dtype differs from weights_dtype.
+    """
+    meta = Meta(step=0, model=model, weights_dtype=weights_dtype, origin=origin, tensor_dtypes=tensor_dtypes or {})
+    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
+        checkpointer.save(
+            (run / "checkpoints" / "0").absolute(),
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(meta.model_dump(mode="json"))
+            ),
+        )
+
+
+class Saver:
+    """Saves a run's checkpoints in the background and keeps the ones that its config asks for."""
+
+    def __init__(self, run: Path, config: CheckpointConfig):
+        self._run = run
+        self._config = config
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def save(self, state: TrainState, meta: Meta) -> None:
+        """Starts saving; returns when the state's arrays may be donated. Raises what the previous save failed with."""
+        self._checkpointer.wait_until_finished()
+        self._delete_old()
+        self._checkpointer.save(
+            (self._run / "checkpoints" / str(meta.step)).absolute(),
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(state.params),
+                optimizer=ocp.args.PyTreeSave(state.optimizer._asdict()),
+                meta=ocp.args.JsonSave(meta.model_dump(mode="json")),
+            ),
+        )
+
+    def check(self) -> None:
+        """Raises what a background save failed with, if it did."""
+        self._checkpointer.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for the save under way and deletes what need not be kept."""
+        self._checkpointer.wait_until_finished()
+        self._delete_old()
+        self._checkpointer.close()
+
+    def _delete_old(self) -> None:
+        if jax.process_index() != 0:
+            return
+        every = self._config.keep_every
+        for step in steps_on_disk(self._run)[: -self._config.keep_latest]:
+            if not (every and step % every == 0):
+                _delete(self._run / "checkpoints" / str(step))
+
+
+def _delete(directory: Path) -> None:
+    """Deletes a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
+    doomed = directory.with_name(f"{directory.name}.deleting")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def saver(run: Path, config: CheckpointConfig) -> Iterator[Saver]:
+    """A Saver that is closed, its last save finished, on the way out."""
+    result = Saver(run, config)
+    try:
+        yield result
+    finally:
+        result.close()
