@@ -1,0 +1,1 @@
+"""What `quickstart` starts from: a corpus, a base model, a tokenizer for a model without one."""
