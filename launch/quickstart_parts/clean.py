@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _CYRILLIC = re.compile(r"[А-Яа-яЁё]")
 _LETTER = re.compile(r"[^\W\d_]")
-_ENGLISH_WORD = re.compile(r"(?<![\w/.\-])[A-Za-z]?[a-z]+(?![\w/(=\-])")
+_ENGLISH_WORD = re.compile(r"(?<![\w/.:\-])[A-Za-z]?[a-z]+(?![\w/(=:\-])")
 _MIN_RUSSIAN_SHARE = 0.3
 
 
@@ -39,8 +39,8 @@ def russian_only(text: str) -> str:
       text: paragraphs separated by blank lines; headings begin with a form feed.
 
     Returns:
-      The paragraphs in which at least 0.3 of the letters are Cyrillic, and short ones in no language (names of
-      options). Empty when Russian is less than half of all letters that remain.
+      The paragraphs in which at least 0.3 of the letters are Cyrillic, and short ones with any Cyrillic letter. Empty
+      when Russian is less than half of all letters that remain.
     """
     kept = _map_blocks(text, _russian_block)
     return kept if len(_CYRILLIC.findall(kept)) >= 0.5 * len(_LETTER.findall(kept)) > 0 else ""
@@ -49,9 +49,8 @@ def russian_only(text: str) -> str:
 def _russian_block(block: str) -> str:
     if _russian_share(block) < _MIN_RUSSIAN_SHARE and len(_LETTER.findall(block)) >= 30:
         return ""
-    lines = [line for line in block.split("\n") if not _is_english(line)]
-    kept = "\n".join(lines)
-    return kept if kept == block or _CYRILLIC.search(kept) else ""
+    kept = "\n".join(line for line in block.split("\n") if not _is_english(line))
+    return kept if _CYRILLIC.search(kept) else ""
 
 
 def _is_english(line: str) -> bool:
@@ -60,6 +59,11 @@ def _is_english(line: str) -> bool:
 
 def _russian_share(text: str) -> float:
     return len(_CYRILLIC.findall(text)) / max(1, len(_LETTER.findall(text)))
+
+
+def drop_empty_sections(text: str) -> str:
+    """Drops the headings (lines that begin with a form feed) that no text follows."""
+    return _map_blocks(text, lambda block: block)
 
 
 def _map_blocks(text: str, function: Callable[[str], str]) -> str:

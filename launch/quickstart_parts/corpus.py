@@ -73,7 +73,7 @@ _FORTUNES = (
     "art|book|citates|computer|do_you_know|education|friendship|future|genious|haiku|happy|human_being|knowledge"
     "|life|programming|success|time|truth|war|wealth|work"
 )
-_NOT_CONTENT = r"(?!index\.|search\.|genindex|developers-reference\.html|ld-|pr0)"
+_NOT_CONTENT = r"(?!index\.|search\.|genindex|developers-reference\.html|ld-|pr0|faqinfo)"
 RECIPES = (
     Recipe(
         "russian_manuals",
@@ -181,17 +181,22 @@ def build_corpus(directory: Path, *, sample_only: bool = False, report: Callable
 def _reusable(directory: Path) -> Kind | None:
     try:
         marker = json.loads((directory / MARKER).read_text())
-        intact = marker["version"] == VERSION and all(
+        kind, hashes = marker["kind"], marker["sha256"]
+        intact = marker["version"] == VERSION and hashes.keys() == set(_names(kind))
+        intact = intact and all(
             hashlib.sha256((directory / f"{name}.jsonl").read_bytes()).hexdigest() == expected
-            for name, expected in marker["sha256"].items()
+            for name, expected in hashes.items()
         )
-        return marker["kind"] if intact and marker["kind"] in ("debian", "sample") else None
+        return kind if intact else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
+def _names(kind: Kind) -> tuple[str, ...]:
+    return {"sample": SAMPLE_SOURCES, "debian": (*(recipe.name for recipe in RECIPES), "code")}[kind]
+
+
 def _corpus(directory: Path, kind: Kind) -> Corpus:
-    names = SAMPLE_SOURCES if kind == "sample" else (*(recipe.name for recipe in RECIPES), "code")
     return Corpus(
         kind,
         tuple(
@@ -202,7 +207,7 @@ def _corpus(directory: Path, kind: Kind) -> Corpus:
                 label_fields={"language": "language", "domain": "domain"},
                 training=name not in NEVER_TRAINED,
             )
-            for name in names
+            for name in _names(kind)
         ),
     )
 
@@ -230,7 +235,10 @@ def _jsonl(name: str, language: str, domain: str, texts: list[str]) -> bytes:
 
 def _sample_file(name: str) -> bytes:
     file = importlib.resources.files("tlite_jax") / "data" / "sample" / f"{name}.jsonl"
-    return file.read_bytes()
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"this installation lacks {file}: install tlite_jax from its repository") from error
 
 
 Source = tuple[str, str, list[str]]  # language, domain, documents
@@ -260,18 +268,19 @@ def _debian_documents(directory: Path, report: Callable[[str], object]) -> dict[
 
 def _extract(recipe: Recipe, packages: list[Path]) -> list[str]:
     files = {name: data for package in packages for name, data in debian.read_files(package, recipe.files)}
-    converted: list[str] = []
+    pages = [page for name in sorted(files, key=_shuffled) for page in recipe.convert(_decode(name, files[name]))]
+    pages = clean.drop_boilerplate(pages, MIN_RECURRENCE)
+    keep = clean.russian_only if recipe.language == "ru" else clean.drop_empty_sections
+    documents: dict[str, None] = {}  # an ordered set
     size = 0
-    for name in sorted(files, key=_shuffled):
-        for text in recipe.convert(_decode(name, files[name])):
-            text = clean.russian_only(text) if recipe.language == "ru" else text
-            pieces = list(clean.split_long(text, MAX_CHARACTERS))
-            converted += pieces
-            size += sum(len(piece.encode()) for piece in pieces)
+    for page in pages:
         if size > recipe.max_bytes:
             break
-    documents = clean.drop_boilerplate(converted, MIN_RECURRENCE)
-    return [text for text in dict.fromkeys(documents) if len(text) >= MIN_CHARACTERS]
+        for text in clean.split_long(keep(page), MAX_CHARACTERS):
+            if len(text) >= MIN_CHARACTERS and text not in documents:
+                documents[text] = None
+                size += len(text.encode())
+    return list(documents)
 
 
 def _decode(name: str, data: bytes) -> str:

@@ -1,5 +1,6 @@
 """Files of Debian packages, without being root and without installing anything."""
 
+import os
 import re
 import subprocess
 import tarfile
@@ -53,16 +54,18 @@ def read_files(package: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
       UnavailableError: dpkg-deb is absent or cannot read the package.
     """
     try:
-        with subprocess.Popen(
-            ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as process:
-            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-                for member in archive:
-                    name = member.name.removeprefix("./")
-                    if member.isfile() and member.size <= MAX_FILE_BYTES and re.fullmatch(pattern, name):
-                        file = archive.extractfile(member)
-                        assert file is not None, "a regular file has content"
-                        yield name, file.read()
+        with (
+            subprocess.Popen(
+                ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as process,
+            tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+        ):
+            for member in archive:
+                name = member.name.removeprefix("./")
+                if member.isfile() and member.size <= MAX_FILE_BYTES and re.fullmatch(pattern, name):
+                    file = archive.extractfile(member)
+                    assert file is not None, "a regular file has content"
+                    yield name, file.read()
     except (OSError, tarfile.TarError) as error:
         raise UnavailableError(f"dpkg-deb cannot read {package.name}: {error}") from error
 
@@ -71,8 +74,9 @@ def _run(command: list[str], directory: Path, *, seconds: float) -> str:
     """Runs a command quietly in C locale; returns what it printed."""
     try:
         done = subprocess.run(
-            ["env", "LC_ALL=C", *command],
+            command,
             cwd=directory,
+            env={**os.environ, "LC_ALL": "C"},
             capture_output=True,
             text=True,
             errors="replace",

@@ -3,20 +3,36 @@
 import re
 from html.parser import HTMLParser
 
-VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+# fmt: off
+VOID = frozenset(
+    {
+        "area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track",
+        "wbr"
+    }
+)
 DROPPED_ELEMENTS = frozenset(
-    "head script style nav header footer aside noscript button form select svg template".split()
+    {
+        "head", "script", "style", "nav", "header", "footer", "aside", "noscript", "button", "form",
+        "select", "svg", "template"
+    }
 )
 # Classes and ids of navigation in the documentation of DocBook, Sphinx and LibreOffice.
 DROPPED_CLASSES = frozenset(
-    "navheader navfooter toc toctree-wrapper sphinxsidebar headerlink docnav howtoget footer list-of-tables"
-    " list-of-figures list-of-examples index legalnotice authorgroup copyright revhistory footnotes"
-    " relatedtopics related icontable MAC".split()
+    {
+        "navheader", "navfooter", "toc", "toctree-wrapper", "sphinxsidebar", "headerlink", "docnav",
+        "howtoget", "footer", "list-of-tables", "list-of-figures", "list-of-examples", "index",
+        "legalnotice", "authorgroup", "copyright", "revhistory", "footnotes", "relatedtopics", "related",
+        "icontable", "MAC"
+    }
 )
 BLOCKS = frozenset(
-    "p div li h1 h2 h3 h4 h5 h6 dt dd tr table section article pre blockquote ul ol dl br hr caption".split()
+    {
+        "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "dt", "dd", "tr", "table", "section",
+        "article", "pre", "blockquote", "ul", "ol", "dl", "br", "hr", "caption"
+    }
 )
-HEADINGS = frozenset("h1 h2 h3 h4".split())
+HEADINGS = frozenset({"h1", "h2", "h3", "h4"})
+# fmt: on
 
 
 class _Reader(HTMLParser):
@@ -35,7 +51,8 @@ class _Reader(HTMLParser):
             self.skipped_depth += tag == self.skipped_tag
             return
         if tag not in VOID and self._is_dropped(tag, attrs):
-            self.flush()
+            if tag in BLOCKS:
+                self.flush()
             self.skipped_tag, self.skipped_depth = tag, 1
             return
         if tag in BLOCKS:

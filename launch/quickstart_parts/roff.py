@@ -2,24 +2,40 @@
 
 import re
 
+# fmt: off
 # Sections that say who made a page and under which terms: the same few sentences on every page.
 DROPPED_SECTIONS = frozenset(
-    "ПЕРЕВОД|COLOPHON|АВТОР|АВТОРЫ|AUTHOR|AUTHORS|АВТОРСКИЕ ПРАВА|COPYRIGHT|LICENSE|СМ. ТАКЖЕ|СМОТРИТЕ ТАКЖЕ"
-    "|SEE ALSO|ИНФОРМАЦИЯ ОБ ОШИБКАХ|СООБЩЕНИЯ ОБ ОШИБКАХ|REPORTING BUGS|LIBRARY|БИБЛИОТЕКА"
-    "|АТРИБУТЫ|ATTRIBUTES|СТАНДАРТЫ|STANDARDS".split("|")
+    {
+        "ПЕРЕВОД", "COLOPHON", "АВТОР", "АВТОРЫ", "AUTHOR", "AUTHORS", "АВТОРСКИЕ ПРАВА", "COPYRIGHT",
+        "LICENSE", "СМ. ТАКЖЕ", "СМОТРИТЕ ТАКЖЕ", "SEE ALSO", "ИНФОРМАЦИЯ ОБ ОШИБКАХ",
+        "СООБЩЕНИЯ ОБ ОШИБКАХ", "REPORTING BUGS", "LIBRARY", "БИБЛИОТЕКА", "АТРИБУТЫ", "ATTRIBUTES",
+        "СТАНДАРТЫ", "STANDARDS"
+    }
 )
 # Special characters of groff_char(7) that occur in manual pages.
 CHARACTERS = {
-    **{"em": "—", "en": "–", "hy": "-", "bu": "•", "co": "©", "rg": "®", "tm": "™", "de": "°", "12": "½", "14": "¼"},
-    **{"aq": "'", "dq": '"', "oq": "‘", "cq": "’", "lq": "“", "rq": "”", "Bq": "„", "Fo": "«", "Fc": "»", "fo": "‹"},
-    **{"fc": "›", "la": "⟨", "ra": "⟩", "ti": "~", "ha": "^", "ga": "`", "rs": "\\", "ba": "|", "bv": "|", "or": "|"},
-    **{"->": "→", "<-": "←", "mu": "×", "<=": "≤", ">=": "≥", "+-": "±", "!=": "≠", "sc": "§", "dg": "†", "dd": "‡"},
-    **{"fm": "′", "sd": "″", "sh": "#", "at": "@", "Do": "$", "mc": "µ", "ss": "ß", "sq": "□", "lB": "[", "rB": "]"},
-    **{"lC": "{", "rC": "}", "sl": "/", "ul": "_", "aa": "´", "pl": "+", "mi": "−", "eq": "=", "no": "¬", "Eu": "€"},
+    "em": "—", "en": "–", "hy": "-", "bu": "•", "co": "©", "rg": "®", "tm": "™", "de": "°", "12": "½", "14": "¼",
+    "aq": "'", "dq": '"', "oq": "‘", "cq": "’", "lq": "“", "rq": "”", "Bq": "„", "Fo": "«", "Fc": "»", "fo": "‹",
+    "fc": "›", "la": "⟨", "ra": "⟩", "ti": "~", "ha": "^", "ga": "`", "rs": "\\", "ba": "|", "bv": "|", "or": "|",
+    "->": "→", "<-": "←", "mu": "×", "<=": "≤", ">=": "≥", "+-": "±", "!=": "≠", "sc": "§", "dg": "†", "dd": "‡",
+    "fm": "′", "sd": "″", "sh": "#", "at": "@", "Do": "$", "mc": "µ", "ss": "ß", "sq": "□", "lB": "[", "rB": "]",
+    "lC": "{", "rC": "}", "sl": "/", "ul": "_", "aa": "´", "pl": "+", "mi": "−", "eq": "=", "no": "¬", "Eu": "€",
 }
 STRINGS = {"lq": "“", "rq": "”", "R": "®", "Tm": "™", "dg": "†", "-": "-", "Aq": "'"}
-FONT_MACROS = frozenset("B I BR BI IR IB RB RI SB SM".split())
-BREAK_MACROS = frozenset("PP P LP HP sp br RS RE in ti TP TQ IP SY YS INDENT UNINDENT bp".split())
+FONT_MACROS = frozenset(
+    {
+        "B", "I", "BR", "BI", "IR", "IB", "RB", "RI", "SB", "SM"
+    }
+)
+BREAK_MACROS = frozenset(
+    {
+        "PP", "P", "LP", "HP", "sp", "br", "RS", "RE", "in", "ti", "TP", "TQ", "IP", "SY", "YS", "INDENT",
+        "UNINDENT", "bp"
+    }
+)
+# fmt: on
+SHORT = 60  # characters: a tag, not a paragraph
+MAX_LISTING_LINES = 3  # longer ones are programs, not prose
 
 _ESCAPE = re.compile(
     r"""\\(?:
@@ -66,6 +82,7 @@ class _Page:
         self.words: list[str] = []
         self.dropping = False
         self.filled = True
+        self.listing: list[str] = []  # lines that are not filled
         self.tag_lines = 0  # lines of a .TP tag still to come
         self.joined = False  # the last line ended in \c
 
@@ -73,7 +90,10 @@ class _Page:
         text = " ".join(self.words).strip()
         self.words, self.joined = [], False
         if text and not self.dropping:
-            self.blocks.append(re.sub(r"[ \t]+", " ", text) if self.filled else text)
+            self.blocks.append(re.sub(r"[ \t]+", " ", text))
+        if 0 < len(self.listing) <= MAX_LISTING_LINES and not self.dropping:
+            self.blocks += ["", *self.listing, ""]
+        self.listing = []
 
     def add(self, text: str) -> None:
         joins_next = text.endswith("\\c")
@@ -88,8 +108,8 @@ class _Page:
                 self.tag_lines -= 1
                 if not self.tag_lines:
                     self.flush()
-        elif not self.dropping:
-            self.blocks.append(printed.rstrip())
+        elif printed.strip():
+            self.listing.append(printed.rstrip())
 
     def heading(self, text: str, *, is_section: bool) -> None:
         self.flush()
@@ -105,8 +125,8 @@ def roff_to_text(source: str) -> str:
     """Converts one manual page.
 
     Args:
-      source: the page's roff, uncompressed. Comments, macro definitions, tables and sections about authorship and
-        licence are dropped.
+      source: the page's roff, uncompressed. Comments, macro definitions, tables, listings longer than three lines and
+        sections about authorship and licence are dropped.
 
     Returns:
       Plain text: a paragraph a line, blank lines between paragraphs, a form feed before every heading. Empty for a
@@ -161,8 +181,6 @@ def _macro(page: _Page, name: str, rest: str) -> str:
     elif name in ("nf", "EX", "fi", "EE"):
         page.flush()
         page.filled = name in ("fi", "EE")
-        if not page.dropping:
-            page.blocks.append("")
     elif name in ("UE", "ME") and page.words and rest:
         page.words[-1] += unescape(rest)
     elif name in ("TS", "EQ", "ig", "de", "am"):
@@ -185,8 +203,9 @@ def _join(blocks: list[str]) -> str:
     """Blank lines around paragraphs; a short tag stays with the text that follows it."""
     lines: list[str] = []
     for block in blocks:
-        if block.startswith("\f") or (lines and len(lines[-1]) > 60) or len(block) > 60:
-            if not (lines and lines[-1] and len(lines[-1]) <= 60 and not block.startswith("\f")):
-                lines.append("")
+        follows_tag = bool(lines) and 0 < len(lines[-1]) <= SHORT and not block.startswith("\f")
+        is_short = len(block) <= SHORT and not block.startswith("\f")
+        if not follows_tag and (not is_short or (lines and len(lines[-1]) > SHORT)):
+            lines.append("")
         lines.append(block)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
