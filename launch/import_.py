@@ -1,0 +1,64 @@
+"""`python -m launch import SRC DST`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.tensor_progress import tensor_progress
+from tlite_jax.errors import UserError
+
+
+def main(
+    src: Annotated[str, typer.Argument(help="Hugging Face directory, hub id (org/name) or .gguf file.")],
+    dst: Annotated[Path, typer.Argument(help="New run directory: the model becomes its step 0.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Turn a Hugging Face or GGUF model into a checkpoint.
+
+    Example: python -m launch import models/SmolLM2-135M runs/smollm2
+    """
+    import_model(src, dst, revision)
+
+
+def import_model(src: str, dst: Path, revision: str | None = None) -> None:
+    """Reads a model and writes it, with its tokenizer, as step 0 of a new run directory, whole or not at all.
+
+    Args:
+      src: a Hugging Face directory or one weights file in it, a hub id, or a GGUF file.
+      dst: must not exist, or be an empty directory.
+      revision: of a hub id; None: its main branch.
+
+    Raises:
+      UserError: `src` is none of these or cannot be used (the line says why), or `dst` is occupied.
+    """
+    from tlite_jax.bridge.files import new_directory, refuse_occupied
+    from tlite_jax.bridge.gguf import import_gguf
+    from tlite_jax.bridge.hf import download, import_hf, is_hub_id
+    from tlite_jax.checkpoint import save_model
+
+    refuse_occupied(dst)
+    path = Path(src)
+    if not path.exists():
+        if not is_hub_id(src):
+            raise UserError(f"{src}: no such file or directory, and not a hub id (org/name)")
+        path = download(src, revision)
+    elif revision is not None:
+        raise UserError(f"--revision is for hub ids; {src} is on this machine")
+    with tensor_progress(f"reading {src}") as report:
+        imported = (import_gguf if path.suffix == ".gguf" else import_hf)(path, report)
+    with new_directory(dst) as run:
+        (run / "tokenizer").mkdir()
+        for name, content in imported.tokenizer.items():
+            (run / "tokenizer" / name).write_bytes(content)
+        save_model(
+            run,
+            imported.params,
+            imported.model,
+            weights_dtype=imported.weights_dtype,
+            origin=src,
+            tensor_dtypes=imported.tensor_dtypes,
+        )
+    for note in imported.notes:
+        print(f"note: {note}")
+    print(f"{dst}: step 0, weights {imported.weights_dtype}")

@@ -1,0 +1,176 @@
+"""Tensors of a file -> our nested dict of stacked parameters, and back to named tensors."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from tlite_jax.bridge.names import Slot, slots
+from tlite_jax.bridge.safetensors_io import OutgoingTensor, StoredTensor
+from tlite_jax.config import ModelConfig
+from tlite_jax.errors import UserError
+
+WeightsDtype = Literal["bfloat16", "float16", "float32"]
+WEIGHT_DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+_ROTARY_BUFFER = re.compile(r"(model\.)?(layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq")
+
+Params = dict[str, Any]
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model read from another project's files.
+
+    Attributes:
+      model: its shape.
+      params: nested dict of arrays, Hugging Face layout, layers stacked; in the dtype they were stored in.
+      weights_dtype: the dtype that most of the weights are stored in, and an export's default.
+      tensor_dtypes: Hugging Face names of tensors stored in another dtype, so that an export restores theirs.
+      tokenizer: Hugging Face tokenizer files (and generation_config.json) by name; empty when there were none.
+      notes: what was left out or changed, one sentence each.
+    """
+
+    model: ModelConfig
+    params: Params
+    weights_dtype: WeightsDtype
+    tensor_dtypes: dict[str, str]
+    tokenizer: dict[str, bytes]
+    notes: tuple[str, ...]
+
+
+def no_report(done: int, total: int) -> None:
+    """The default of `report` arguments."""
+
+
+def match_names(
+    wanted: Mapping[str, Slot], stored: Mapping[str, StoredTensor], origin: Path, harmless: Iterable[str] = ()
+) -> None:
+    """Raises one UserError that names every missing, extra and misshapen tensor."""
+    missing = [name for name in wanted if name not in stored]
+    extra = sorted(stored.keys() - wanted.keys() - set(harmless))
+    misshapen = [
+        f"{name} is {list(stored[name].shape)} instead of {list(slot.shape)}"
+        for name, slot in wanted.items()
+        if name in stored and stored[name].shape != slot.shape
+    ]
+    problems = [
+        f"{label}: {', '.join(names)}"
+        for label, names in (("missing", missing), ("extra", extra), ("wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{origin}: the tensors are not those its config describes; {'; '.join(problems)}")
+
+
+def harmless_extras(stored: Mapping[str, StoredTensor], model: ModelConfig, origin: Path) -> dict[str, str]:
+    """Hugging Face tensors that carry nothing, each with the reason: RoPE's buffers and a copy of a tied head.
+
+    Raises:
+      UserError: the config ties the head to the embedding, the file holds another head.
+    """
+    reasons = {name: "recomputed from rope_theta" for name in stored if _ROTARY_BUFFER.fullmatch(name)}
+    if model.tie_word_embeddings and "lm_head.weight" in stored and "model.embed_tokens.weight" in stored:
+        head, embedding = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+        if head.dtype != embedding.dtype or not np.array_equal(_bits(head.read()), _bits(embedding.read())):
+            raise UserError(
+                f"{origin}: tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight; "
+                "set tie_word_embeddings to false in config.json if the head is its own"
+            )
+        reasons["lm_head.weight"] = "a copy of the tied embedding"
+    return reasons
+
+
+def stack(
+    wanted: Mapping[str, Slot],
+    stored: Mapping[str, StoredTensor],
+    read: Callable[[Slot, StoredTensor], np.ndarray],
+    report: Report,
+) -> Params:
+    """Reads every tensor into its place; memory holds the parameters and one tensor.
+
+    Args:
+      wanted: slots by the file's own tensor names.
+      stored: the file's tensors; all of `wanted` are there.
+      read: makes a slot's array [slot.shape] in Hugging Face's row order.
+      report: called with (tensors read, tensors in all).
+    """
+    dtypes: dict[str, set[str]] = {}
+    for name, slot in wanted.items():
+        dtypes.setdefault(slot.path, set()).add(memory_dtype(stored[name].dtype))
+    num_layers = 1 + max((slot.layer for slot in wanted.values() if slot.layer is not None), default=-1)
+    params: Params = {}
+    for done, (name, slot) in enumerate(wanted.items(), start=1):
+        if slot.layer is None:
+            params[slot.path] = np.array(read(slot, stored[name]))
+        else:
+            group, leaf = slot.path.split("/")
+            leaves = params.setdefault(group, {})
+            if leaf not in leaves:
+                (dtype,) = dtypes[slot.path] if len(dtypes[slot.path]) == 1 else ("float32",)
+                leaves[leaf] = np.empty((num_layers, *slot.shape), WEIGHT_DTYPES[dtype])
+            leaves[leaf][slot.layer] = read(slot, stored[name])
+        report(done, len(wanted))
+    return params
+
+
+def memory_dtype(dtype: str) -> str:
+    """The dtype a stored tensor is kept in: its own, or float32 for what was quantised."""
+    return dtype if dtype in WEIGHT_DTYPES else "float32"
+
+
+def outgoing(
+    params: Params, model: ModelConfig, weights_dtype: str, tensor_dtypes: Mapping[str, str] = MappingProxyType({})
+) -> list[OutgoingTensor]:
+    """Hugging Face tensors of our parameters, each cast when its turn comes.
+
+    Args:
+      params: nested dict of arrays, layers stacked.
+      model: their shape.
+      weights_dtype: dtype to write in.
+      tensor_dtypes: Hugging Face names of tensors to write in another dtype.
+    """
+    result = []
+    for slot in slots(model):
+        name = slot.hugging_face
+        group, _, leaf = slot.path.rpartition("/")
+        array = params[group][leaf] if group else params[leaf]
+        part = array if slot.layer is None else array[slot.layer]
+        assert part.shape == slot.shape, f"{slot.path}: {part.shape} instead of {slot.shape}"
+        dtype = WEIGHT_DTYPES[tensor_dtypes.get(name, weights_dtype)]
+        result.append(OutgoingTensor(name, slot.shape, dtype, partial(_cast, name, part, dtype)))
+    return result
+
+
+def main_dtype(shares: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    """The dtype that most values are in, given (dtype, shape) of every tensor."""
+    values: dict[str, int] = {}
+    for dtype, shape in shares:
+        values[dtype] = values.get(dtype, 0) + math.prod(shape)
+    return max(values, key=lambda dtype: values[dtype])
+
+
+def _cast(name: str, source: Any, dtype: np.dtype) -> np.ndarray:
+    array = np.asarray(source)
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(array).any():
+        raise UserError(f"{name} has values beyond float16's 65504; export with --dtype bfloat16")
+    return cast
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)

@@ -1,0 +1,130 @@
+"""Files that strangers made, and directories that appear whole or not at all."""
+
+import collections
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tlite_jax.errors import UserError
+
+MAX_JSON_BYTES = 256 << 20
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: missing, too large, not UTF-8 JSON, not an object, or a key given twice.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise UserError(f"{path}: {size} bytes; such a file has at most {max_bytes}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, origin: str) -> dict[str, Any]:
+    """Parses a JSON object whose keys must differ; `origin` names it in errors."""
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            counts = collections.Counter(name for name, _ in pairs)
+            repeated = sorted(name for name, count in counts.items() if count > 1)
+            raise UserError(f"{origin}: given twice: {', '.join(repeated)}")
+        return values
+
+    try:
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=without_repeats)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not JSON ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def contained(directory: Path, name: str, origin: str) -> Path:
+    """Returns the regular file `name` in `directory`, whoever chose the name.
+
+    Symbolic links may lead elsewhere within the directory, or to the blobs of a Hugging Face cache it is part of.
+
+    Raises:
+      UserError: not a bare file name, not there, or a link that leads outside.
+    """
+    if name in ("", ".", "..") or name != os.path.basename(name) or "\\" in name or "\0" in name:
+        raise UserError(f"{origin}: {name!r} is not a bare file name; files lie beside the index")
+    path = directory / name
+    if not path.is_file():
+        raise UserError(f"{origin}: {name!r} is missing in {directory}")
+    roots = [directory.resolve()]
+    if directory.absolute().parent.name == "snapshots":
+        roots.append(directory.absolute().parent.parent.resolve() / "blobs")
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+        raise UserError(f"{origin}: {name!r} is a link out of {directory}; put the file itself there")
+    return path
+
+
+@contextlib.contextmanager
+def new_directory(destination: Path) -> Iterator[Path]:
+    """Yields a temporary directory beside `destination` that takes its place when the block ends without an error.
+
+    What the block wrote is flushed to the disk before the renaming, so that an interrupted one never looks whole; a
+    failed one is removed.
+
+    Raises:
+      UserError: `destination` exists and is not an empty directory, or cannot be written.
+    """
+    refuse_occupied(destination)
+    destination = Path(os.path.abspath(destination))
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror}") from error
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _flush(os.path.join(folder, name))
+            _flush(folder)
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.rename(temporary, destination)
+        _flush(destination.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_occupied(destination: Path) -> None:
+    """Raises UserError unless `destination` is free: absent, or an empty directory."""
+    if not os.path.lexists(destination):
+        return
+    if not destination.is_dir():
+        raise UserError(f"{destination} exists and is not a directory; choose another destination")
+    if any(destination.iterdir()):
+        raise UserError(f"{destination} exists and is not empty; choose another destination or remove it")
+
+
+def _flush(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

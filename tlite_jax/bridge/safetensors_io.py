@@ -1,0 +1,254 @@
+"""Safetensors files: read tensor by tensor from memory maps, written tensor by tensor; headers are never trusted.
+
+The header is checked here before anything is read or allocated (the library accepts repeated names and takes seconds
+over huge headers). Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from tlite_jax.bridge.files import contained, parse_json, read_json
+from tlite_jax.errors import UserError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 16 << 20  # Llama-3-405B's is 0.15 MB
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+MAX_DIMS = 8
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in some file, not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: str  # numpy's or ml_dtypes' name, or the format's own (a quantisation)
+    read: Callable[[], np.ndarray]
+
+
+class OutgoingTensor(NamedTuple):
+    """A tensor to be written; `read` makes it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_file(path: Path) -> dict[str, StoredTensor]:
+    """Lists the tensors of one file; their bytes stay on the disk until read.
+
+    Raises:
+      UserError: truncated, or a header that is too long, not JSON, repeats a name, knows no such dtype, or whose
+        tensors leave the file, overlap or leave holes.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or header_bytes > size - 8:
+                raise UserError(
+                    f"{path}: truncated or not safetensors (header of {header_bytes} bytes, file of {size})"
+                )
+            if header_bytes > MAX_HEADER_BYTES:
+                raise UserError(f"{path}: header of {header_bytes} bytes; more than {MAX_HEADER_BYTES} is refused")
+            header = parse_json(file.read(header_bytes), f"{path} (header)")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    header.pop("__metadata__", None)
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    _check_cover(path, spans, size - 8 - header_bytes)
+    return {
+        name: StoredTensor(shape, dtype.name, partial(_read, path, 8 + header_bytes + begin, shape, dtype))
+        for name, (begin, _, shape, dtype) in spans.items()
+    }
+
+
+def read_directory(directory: Path) -> dict[str, StoredTensor]:
+    """Lists the tensors of a directory: model.safetensors, or the shards its index names.
+
+    Raises:
+      UserError: as `read_file`; an index that names files elsewhere, or disagrees with what its shards hold.
+    """
+    if (directory / SINGLE_NAME).is_file():
+        return read_file(contained(directory, SINGLE_NAME, str(directory)))
+    return read_index(contained(directory, INDEX_NAME, str(directory)), read_file)
+
+
+def read_index(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """Lists the tensors of the shards that an index names, each read by `read`.
+
+    Raises:
+      UserError: the index names files elsewhere or missing, or disagrees with what its shards hold.
+    """
+    weight_map = read_json(index, MAX_HEADER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: 'weight_map' must map tensor names to file names")
+    claims: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        claims.setdefault(shard, set()).add(name)
+    shards = {shard: contained(index.parent, shard, str(index)) for shard in sorted(claims)}
+    tensors: dict[str, StoredTensor] = {}
+    for shard, path in shards.items():
+        stored = read(path)
+        if wrong := sorted(claims[shard] ^ stored.keys()):
+            raise UserError(f"{index}: disagrees with {shard} about {', '.join(wrong)}; fetch both again")
+        tensors |= stored
+    return tensors
+
+
+def plan_shards(tensors: Iterable[OutgoingTensor], max_shard_bytes: int) -> list[list[OutgoingTensor]]:
+    """Groups tensors, in order, into shards of at most `max_shard_bytes` (a larger tensor has a shard to itself)."""
+    shards: list[list[OutgoingTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    return shards
+
+
+def write_directory(
+    directory: Path, tensors: Sequence[OutgoingTensor], max_shard_bytes: int, report: Callable[[int, int], None]
+) -> None:
+    """Writes model.safetensors, or shards and their index, holding one tensor at a time in memory.
+
+    Args:
+      directory: exists; its caller makes it appear whole (`files.new_directory`).
+      tensors: what to write, in order.
+      max_shard_bytes: of tensor data in one file.
+      report: called with (tensors written, tensors in all).
+    """
+    shards = plan_shards(tensors, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / name, shard, partial(_report_all, report, len(weight_map), len(tensors)))
+        weight_map |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        metadata = {
+            "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+            "total_size": sum(tensor.nbytes for tensor in tensors),
+        }
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_size(text: str) -> int:
+    """Reads a size such as "5GB", "500MB" or "2GiB" as bytes."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    value = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if value < 1:
+        raise UserError(f"{text!r} is not a size; write it as 5GB, 500MB or 2GiB")
+    return int(value)
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int, tuple[int, ...], np.dtype]:
+    """The (begin, end, shape, dtype) of a header's entry."""
+
+    def whole(values: Any, length: int | None = None) -> bool:
+        return (
+            isinstance(values, list)
+            and (length is None or len(values) == length)
+            and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+        )
+
+    if (
+        not isinstance(entry, dict)
+        or not whole(entry.get("shape"))
+        or len(entry["shape"]) > MAX_DIMS
+        or not whole(entry.get("data_offsets"), 2)
+    ):
+        raise UserError(f"{path}: {name!r} lacks a proper shape or data_offsets")
+    code = entry.get("dtype")
+    if not isinstance(code, str) or code not in DTYPES:
+        raise UserError(f"{path}: {name!r} has dtype {code!r}; known: {', '.join(DTYPES)}")
+    shape, dtype = tuple(entry["shape"]), DTYPES[code]
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise UserError(f"{path}: {name!r} has {end - begin} bytes, its shape {list(shape)} in {code} needs others")
+    return begin, end, shape, dtype
+
+
+def _check_cover(path: Path, spans: dict[str, tuple[int, int, tuple[int, ...], np.dtype]], data_bytes: int) -> None:
+    """The tensors must cover the file's data exactly: no overlap, no hole, nothing outside."""
+    position = 0
+    for name, (begin, end, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
+        if end > data_bytes:
+            raise UserError(
+                f"{path}: {name!r} ends at {end}, the file's data at {data_bytes}: truncated, fetch it again"
+            )
+        if begin != position:
+            raise UserError(
+                f"{path}: {name!r} begins at {begin}, not at {position}: {'a hole' if begin > position else 'overlap'}"
+            )
+        position = end
+    if position != data_bytes:
+        raise UserError(f"{path}: {data_bytes - position} bytes after the last tensor belong to none")
+
+
+def _read(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Maps a tensor; pages are read as they are touched and may be dropped again."""
+    if math.prod(shape) == 0:
+        return np.empty(shape, dtype)
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(math.prod(shape) * dtype.itemsize,))
+    return mapped.view(np.ndarray).view(dtype).reshape(shape)
+
+
+def _report_all(report: Callable[[int, int], None], before: int, total: int, count: int) -> None:
+    report(before + count, total)
+
+
+def _write_file(path: Path, tensors: Sequence[OutgoingTensor], report: Callable[[int], None]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    # Wider dtypes first, as the library does, so that every tensor is aligned.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for count, tensor in enumerate(ordered, start=1):
+            array = np.ascontiguousarray(tensor.read())
+            assert array.shape == tensor.shape, f"{tensor.name}: {array.shape} instead of {tensor.shape}"
+            assert array.dtype == tensor.dtype, f"{tensor.name}: {array.dtype} instead of {tensor.dtype}"
+            file.write(array.reshape(-1).view(np.uint8).data)
+            report(count)
