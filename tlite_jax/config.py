@@ -95,6 +95,9 @@ class SourceConfig(Section):
     labels: dict[str, str] = Field(default={}, description="labels of every document, e.g. language: ru")
     label_fields: dict[str, str] = Field(default={}, description="label -> the document field that holds it")
     training: bool = Field(default=True, description="false: all of it is held out, none is ever trained on")
+    parse_special_tokens: bool = Field(
+        default=False, description="true: special tokens written in the text become their ids (chat templates)"
+    )
 
 
 class HeldOutConfig(Section):
@@ -102,6 +105,7 @@ class HeldOutConfig(Section):
 
     fraction: Rate = Field(description="share of each bucket's documents")
     max_documents: NonNegative | None = Field(default=None, description="limit per bucket; null: none")
+    seed: NonNegative = Field(default=0, description="another seed sets other documents aside")
 
 
 class NearDuplicatesConfig(Section):
@@ -158,6 +162,8 @@ class MixtureConfig(Section):
         shares = [group.share for group in self.groups if group.share is not None]
         if shares and len(shares) != len(self.groups):
             raise ValueError("give every group a share, or every group epochs")
+        if not shares and self.tokens is not None:
+            raise ValueError("groups of epochs make their own budget: leave tokens out, or give shares")
         if shares and abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"the groups' shares add up to {sum(shares):g}; make them add up to 1")
         return self

@@ -1,0 +1,61 @@
+"""Documents that stay -> bucket directories, one bucket at a time."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tlite_jax.data.buckets import BucketWriter
+from tlite_jax.data.corpus import Corpus
+
+Ints = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.uint32]
+
+# Tokens gathered before they are handed to the writer, and shards mapped at once.
+_BATCH_TOKENS, _OPEN_SHARDS = 1 << 21, 256
+
+
+class Assembler:
+    """Writes buckets from a corpus; each shard's tokens are verified when they are first read."""
+
+    def __init__(self, corpus: Corpus, directory: Path, *, sequence_length: int, pad_id: int) -> None:
+        self._corpus, self._directory = corpus, directory
+        self._sequence_length, self._pad_id = sequence_length, pad_id
+        self._open: OrderedDict[int, Tokens] = OrderedDict()
+        self._verified: set[int] = set()
+
+    def write(self, number: int, name: str, training: Ints, held_out: Ints) -> str:
+        """Writes bucket `number` of the corpus from document numbers; returns its manifest's digest."""
+        key = self._corpus.keys[number]
+        writer = BucketWriter(self._directory, name, sequence_length=self._sequence_length, pad_id=self._pad_id)
+        sizes = self._corpus.table["bytes"]
+        for documents in self._batches(training):
+            pieces = [self._tokens(document) for document in documents]
+            lengths = np.array([piece.size for piece in pieces], np.int64)
+            writer.append(np.concatenate(pieces), lengths, int(sizes[documents].sum()))
+        for document in held_out:
+            writer.append_held_out(self._tokens(document), int(sizes[document]))
+        return writer.close(dict(key.labels), never_trained=key.never_trained)
+
+    def _batches(self, documents: Ints) -> Iterator[Ints]:
+        """Cuts a list of documents so that each part has about _BATCH_TOKENS tokens."""
+        if documents.size:
+            part = np.cumsum(self._corpus.table["tokens"][documents]) // _BATCH_TOKENS
+            yield from np.split(documents, np.flatnonzero(np.diff(part)) + 1)
+
+    def _tokens(self, document: int) -> Tokens:
+        shard, start = int(self._corpus.shard[document]), int(self._corpus.start[document])
+        return self._shard(shard)[start : start + int(self._corpus.table["tokens"][document])]
+
+    def _shard(self, number: int) -> Tokens:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        tokens = self._corpus.shards[number].tokens(verify=number not in self._verified)
+        self._verified.add(number)
+        self._open[number] = tokens
+        if len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return tokens

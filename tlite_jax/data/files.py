@@ -1,0 +1,111 @@
+"""Writing that survives a power cut, reading that notices damage."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from tlite_jax.config import digest
+from tlite_jax.errors import UserError
+
+
+class ChecksummedFile:
+    """A new file whose size and crc32c are known when it is closed, fsynced."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._crc, self._bytes = 0, 0
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes."""
+        self._file.write(data)
+        self._crc = google_crc32c.extend(self._crc, data)
+        self._bytes += len(data)
+
+    def close(self) -> dict[str, int]:
+        """Flushes to the disk; returns {bytes, crc32c} for a manifest."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._bytes, "crc32c": self._crc}
+
+    def __enter__(self) -> Self:
+        """Closes the file at the end of the block."""
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes without fsync when something failed: the file is abandoned."""
+        self._file.close()
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a small JSON file with its own digest: whole, durable, or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    text = json.dumps({**values, "digest": digest(values)}, ensure_ascii=False, indent=1)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+      UserError: unreadable, or not what was written.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: not JSON; restore it or prepare again with --force") from error
+    if not isinstance(values, dict) or values.pop("digest", None) != digest(values):
+        raise UserError(f"{path} is damaged: it does not match its digest; restore it or prepare again with --force")
+    return values
+
+
+def check_size(path: Path, expected: dict[str, int]) -> None:
+    """Refuses a file that is missing or of another size than its manifest says."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; restore it or prepare again with --force") from error
+    if size != expected["bytes"]:
+        mend = "restore it or prepare again with --force"
+        raise UserError(f"{path} is damaged: {size} bytes instead of {expected['bytes']}; {mend}")
+
+
+def map_array(path: Path, dtype: npt.DTypeLike, expected: dict[str, int], *, verify: bool) -> npt.NDArray[Any]:
+    """Maps a file as a one-dimensional read-only array, its size and optionally all of its bytes checked."""
+    check_size(path, expected)
+    if verify and file_crc32c(path) != expected["crc32c"]:
+        raise UserError(f"{path} is damaged: checksum mismatch; restore it or prepare again with --force")
+    if not expected["bytes"]:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def file_crc32c(path: Path) -> int:
+    """The crc32c of a whole file, read in pieces."""
+    crc = 0
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            crc = google_crc32c.extend(crc, data)
+    return crc
