@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics files, the console, throughput and plots."""
