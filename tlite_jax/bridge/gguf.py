@@ -5,13 +5,12 @@ Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from tlite_jax.bridge import gguf_header
+from tlite_jax.bridge import gguf_file
 from tlite_jax.bridge.assemble import (
     WEIGHT_DTYPES,
     Imported,
@@ -29,7 +28,6 @@ from tlite_jax.config import ModelConfig
 from tlite_jax.config_files import parse
 from tlite_jax.errors import UserError
 
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1 and 3.2: GGUF keeps the scaled frequencies, not these three numbers they came from.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
@@ -66,13 +64,13 @@ def import_gguf(source: Path, report: Report = no_report) -> Imported:
     Raises:
       UserError: another architecture or tokenizer, by name; missing, extra or misshapen tensors; a damaged file.
     """
-    metadata, stored = _open(source)
+    metadata, stored = gguf_file.read(source)
     model = model_config_from_gguf(metadata, stored, str(source))
     tokenizer = tokenizer_from_gguf(metadata, str(source))
     check_vocabulary(tokenizer, model, str(source))
     wanted = {slot.gguf: slot for slot in slots(model)}
     match_names(wanted, stored, source, harmless=(_ROPE_FACTORS,))
-    params = stack(wanted, stored, partial(_read_slot, source), report)
+    params = stack(wanted, stored, _read_slot, report)
     main = main_dtype((stored[name].dtype, stored[name].shape) for name in wanted)
     if main in WEIGHT_DTYPES:
         return Imported(model, params, cast(WeightsDtype, main), {}, tokenizer, ())
@@ -151,40 +149,7 @@ def _rope_scaling(stored: StoredTensor | None, head_dim: int, theta: Any, origin
     )
 
 
-def _open(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Returns the file's metadata, and its tensors in Hugging Face's dim order, unread."""
-    from gguf import GGUFReader
-
-    gguf_header.check(source)
-    try:
-        reader = GGUFReader(source)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
-        raise UserError(f"{source}: damaged GGUF file: {str(error).splitlines()[0]}") from error
-    stored = {
-        tensor.name: StoredTensor(
-            tuple(int(dim) for dim in reversed(tensor.shape)),
-            _FLOATS.get(tensor.tensor_type.name, tensor.tensor_type.name),
-            partial(_dequantised, source, tensor),
-        )
-        for tensor in reader.tensors
-    }
-    return metadata, stored
-
-
-def _dequantised(source: Path, tensor: Any) -> np.ndarray:
-    from gguf import dequantize
-
-    shape = tuple(int(dim) for dim in reversed(tensor.shape))
-    if (dtype := _FLOATS.get(tensor.tensor_type.name)) is not None:
-        return np.asarray(tensor.data).view(WEIGHT_DTYPES[dtype]).reshape(shape)
-    try:
-        return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(f"{source}: {tensor.name} is {tensor.tensor_type.name}, which gguf cannot undo") from error
-
-
-def _read_slot(source: Path, slot: Slot, tensor: StoredTensor) -> np.ndarray:
+def _read_slot(slot: Slot, tensor: StoredTensor) -> np.ndarray:
     array = tensor.read()
     return array if slot.rotary_heads is None else rows_from_gguf(array, slot.rotary_heads)
 

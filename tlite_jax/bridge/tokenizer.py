@@ -69,6 +69,8 @@ def portable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     # transformers 5 writes a list where 4 wants a dictionary; both read the older name.
     if isinstance(result.get("extra_special_tokens"), list):
         result["additional_special_tokens"] = result.pop("extra_special_tokens")
+    # Llama takes no token_type_ids, which transformers 4 adds unless told what the model takes.
+    result.setdefault("model_input_names", ["input_ids", "attention_mask"])
     return result | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 

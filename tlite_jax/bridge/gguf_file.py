@@ -1,0 +1,177 @@
+"""A GGUF file's metadata and tensors, believing none of its counts and lengths.
+
+The `gguf` library's own reader trusts them, and takes ten seconds over Llama-3's vocabulary; the library knows the
+tensor types and undoes their quantisation here. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from tlite_jax.bridge.safetensors_io import StoredTensor
+from tlite_jax.errors import UserError
+
+# Llama-3's header has 0.7 million items in 8 MB.
+MAX_HEADER_BYTES = 256 << 20
+MAX_ITEMS = 8_000_000
+_MAGIC, _VERSIONS = b"GGUF", (2, 3)
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # value type -> struct's code
+_STRING, _ARRAY = 8, 9
+_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class _Tensor(NamedTuple):
+    name: str
+    shape: tuple[int, ...]  # slowest dim first, as numpy's
+    kind: Any  # gguf.GGMLQuantizationType
+    offset: int  # from the beginning of the data
+    num_bytes: int
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Returns the metadata by key, and the tensors by name, unread.
+
+    A tensor's dtype is float32, float16, bfloat16 or the name of its quantisation (`Q4_K`); reading a quantised one
+    gives float32.
+
+    Raises:
+      UserError: not a GGUF file, or one whose counts, strings, arrays or tensors leave it, repeat or overlap.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = _Header(path, file, size)
+            metadata, tensors, begin = header.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    stored = {}
+    for tensor in tensors:
+        dtype = _FLOATS.get(tensor.kind.name)
+        read_tensor = partial(_read, path, begin, tensor)
+        stored[tensor.name] = StoredTensor(tensor.shape, dtype.name if dtype else tensor.kind.name, read_tensor)
+    return metadata, stored
+
+
+def _read(path: Path, begin: int, tensor: _Tensor) -> np.ndarray:
+    from gguf import dequantize, quant_shape_to_byte_shape
+
+    if tensor.num_bytes == 0:
+        return np.empty(tensor.shape, np.float32)
+    mapped = np.memmap(path, np.uint8, "r", begin + tensor.offset, (tensor.num_bytes,)).view(np.ndarray)
+    if (dtype := _FLOATS.get(tensor.kind.name)) is not None:
+        return mapped.view(dtype).reshape(tensor.shape)
+    try:
+        blocks = mapped.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+        return dequantize(blocks, tensor.kind).reshape(tensor.shape)
+    except (NotImplementedError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: {tensor.name} is {tensor.kind.name}, which gguf cannot undo") from error
+
+
+class _Header:
+    """One pass over the header that reads nothing longer than the file."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.file, self.size = path, file, size
+        self.position = self.items = 0
+
+    def read(self) -> tuple[dict[str, Any], list[_Tensor], int]:
+        """Returns metadata, tensors and where their data begins."""
+        if self.size < 24 or self.take(4) != _MAGIC:
+            raise UserError(f"{self.path}: not a GGUF file")
+        version, num_tensors, num_fields = self.unpack("IQQ")
+        if version not in _VERSIONS:
+            raise UserError(f"{self.path}: GGUF version {version} is not supported; supported: 2, 3 (little-endian)")
+        metadata: dict[str, Any] = {}
+        for _ in range(self.count(num_fields)):
+            key = self.string()
+            if key in metadata:
+                self.fail(f"{key!r} is given twice")
+            metadata[key] = self.value(*self.unpack("I"))
+        tensors = [self.tensor() for _ in range(self.count(num_tensors))]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            self.fail(f"alignment {alignment!r} is not a power of two")
+        begin = -(-self.position // alignment) * alignment
+        self.check_tensors(tensors, begin)
+        return metadata, tensors, begin
+
+    def check_tensors(self, tensors: list[_Tensor], begin: int) -> None:
+        """They have different names, lie in the file and do not overlap."""
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            self.fail("a tensor is listed twice")
+        end, before = 0, ""
+        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+            if tensor.offset < end:
+                self.fail(f"tensors {before!r} and {tensor.name!r} overlap")
+            end, before = tensor.offset + tensor.num_bytes, tensor.name
+            if begin + end > self.size:
+                self.fail(f"tensor {tensor.name!r} leaves the file; fetch it again")
+
+    def value(self, kind: int) -> Any:
+        """A metadata value: a scalar, a string, or a list of either."""
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.unpack(_SCALARS[kind])[0]
+        if kind != _ARRAY:
+            self.fail(f"value type {kind} is not known")
+        element, length = self.unpack("IQ")
+        self.count(length)
+        if element == _STRING:
+            return [self.string() for _ in range(length)]
+        if element not in _SCALARS:
+            self.fail(f"arrays of type {element} are not known")
+        return list(self.unpack(f"{length}{_SCALARS[element]}"))
+
+    def tensor(self) -> _Tensor:
+        """A tensor's entry."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self.string()
+        (num_dims,) = self.unpack("I")
+        if not 1 <= num_dims <= 4:
+            self.fail(f"tensor {name!r} has {num_dims} dims")
+        *dims, code, offset = self.unpack(f"{num_dims}QIQ")
+        try:
+            kind = GGMLQuantizationType(code)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            self.fail(f"tensor {name!r} has type {code}, which is not known")
+        if dims[0] % block:
+            self.fail(f"tensor {name!r} has rows of {dims[0]}, not a multiple of {block}")
+        return _Tensor(name, tuple(reversed(dims)), kind, offset, math.prod(dims) // block * block_bytes)
+
+    def string(self) -> str:
+        """A length and as many bytes of UTF-8."""
+        content = self.take(*self.unpack("Q"))
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            self.fail(f"{content[:40]!r} is not UTF-8")
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        """Little-endian scalars, unpadded."""
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
+
+    def count(self, number: int) -> int:
+        """A number of items to come, refused when the file cannot hold them."""
+        self.items += number
+        if number > self.size or self.items > MAX_ITEMS:
+            self.fail(f"it announces {number} items")
+        return number
+
+    def take(self, length: int) -> bytes:
+        """The next bytes."""
+        self.position += length
+        if self.position > min(self.size, MAX_HEADER_BYTES):
+            self.fail("its header leaves the file; fetch it again")
+        return self.file.read(length)
+
+    def fail(self, reason: str) -> NoReturn:
+        """Raises the error."""
+        raise UserError(f"{self.path}: damaged GGUF file: {reason}")
