@@ -22,6 +22,7 @@ from pydantic import Field
 
 from tlite_jax.config import CheckpointConfig, ModelConfig, NonNegative, Section
 from tlite_jax.config_files import parse
+from tlite_jax.data.order import Segment
 from tlite_jax.errors import UserError
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.optimizer import AdamState
@@ -29,13 +30,6 @@ from tlite_jax.sharding import abstract_params, map_specs
 from tlite_jax.train.state import TrainState, abstract_state
 
 FORMAT_VERSION = 1
-
-
-class Segment(Section):
-    """From start_row on, rows follow the plan with this hash, counted from there."""
-
-    start_row: NonNegative
-    plan_hash: str
 
 
 class Meta(Section):

@@ -21,16 +21,12 @@ class Attend(Protocol):
         """Returns [B, T, N, H]; query t sees keys s <= t of its own segment (of all, when segment ids are None)."""
 
 
-def xla(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None
-) -> jax.Array:
+def xla(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """Plain attention with the whole T x T matrix of scores; softmax in float32."""
     return _attend_rows(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT, first_row=0)
 
 
-def xla_chunked(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None
-) -> jax.Array:
+def xla_chunked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The same, a block of queries at a time and recomputed in the backward pass: memory grows as T, not T^2."""
     length = q_BTNH.shape[1]
     if length <= QUERY_CHUNK:
@@ -40,18 +36,14 @@ def xla_chunked(
     for start in range(0, length, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, length)
         rows, keys = slice(start, stop), slice(0, stop)
-        segments = (
-            (None, None) if segment_ids_BT is None else (segment_ids_BT[:, rows], segment_ids_BT[:, keys])
-        )
+        segments = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, rows], segment_ids_BT[:, keys])
         block = jax.checkpoint(partial(_attend_rows, first_row=start), prevent_cse=False)
         blocks.append(block(q_BTNH[:, rows], k_BTKH[:, keys], v_BTKH[:, keys], *segments))
     return jnp.concatenate(blocks, axis=1)
 
 
-def cudnn(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None
-) -> jax.Array:
-    """cuDNN's fused causal attention (Ampere and later, bf16); it has no document masks here."""
+def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """CuDNN's fused causal attention (Ampere and later, bf16); it has no document masks here."""
     if segment_ids_BT is not None:
         raise ValueError("execution.attention=cudnn has no document masks; use xla_chunked or auto")
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")

@@ -89,9 +89,7 @@ class Block(nnx.Module):
         self.up = init.matrix("mlp", "embed")
         self.down = init.matrix("embed", "mlp")
 
-    def project(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
         B, T, _ = x_BTD.shape
         normed_BTD = rms_norm(x_BTD, self.attention_norm[...], self.config.rms_norm_eps)
@@ -140,9 +138,7 @@ class Decoder(nnx.Module):
     def rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rotation tables of the given positions."""
         config = self.config
-        return rope_tables(
-            positions_BT, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        )
+        return rope_tables(positions_BT, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
 
     def __call__(
         self,

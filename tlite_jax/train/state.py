@@ -21,11 +21,12 @@ class TrainState(NamedTuple):
     optimizer: AdamState
 
 
-def abstract_state(model: ModelConfig, mesh: Mesh) -> TrainState:
-    """The state's shapes, dtypes and shardings; nothing is allocated."""
+def abstract_state(model: ModelConfig, mesh: Mesh) -> Any:
+    """A TrainState of ShapeDtypeStructs with shardings; nothing is allocated."""
     params = abstract_params(param_specs(model), mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    return TrainState(scalar, params, AdamState(scalar, params, params))
+    adam: Any = AdamState._make((scalar, params, params))
+    return TrainState._make((scalar, params, adam))
 
 
 def shardings(abstract: Any) -> Any:
@@ -48,6 +49,6 @@ def start_state(params: Any, adam: AdamState | None, mesh: Mesh) -> TrainState:
     scalar = NamedSharding(mesh, PartitionSpec())
     if adam is None:
         placement = shardings(params)
-        make = jax.jit(optimizer.init, out_shardings=AdamState(scalar, placement, placement))
+        make = jax.jit(optimizer.init, out_shardings=AdamState._make((scalar, placement, placement)))
         adam = make(params)
     return TrainState(jax.device_put(jnp.zeros((), jnp.int32), scalar), params, adam)

@@ -46,9 +46,7 @@ def summed_loss_fn(
 ) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
     """(params, batch) -> (summed loss, scored tokens) of the rows one device holds, to be called under shard_map."""
     graphdef = decoder.graphdef(model)
-    gather = make_gather(
-        decoder.logical_axes(model), mesh.shape[FSDP], execution.compute_dtype, execution.reduce_dtype
-    )
+    gather = make_gather(decoder.logical_axes(model), mesh.shape[FSDP], execution.compute_dtype, execution.reduce_dtype)
     attend = attention.select(
         execution.attention,
         platform=mesh.devices.flat[0].platform,
@@ -130,9 +128,7 @@ def make_step(
         norm = adamw.global_norm(gradients)
         gradients = adamw.clip(gradients, norm, optimizer.max_gradient_norm)
         learning_rate = schedule(state.step)
-        params, moments = adamw.update(
-            optimizer, gradients, state.optimizer, state.params, learning_rate, mask
-        )
+        params, moments = adamw.update(optimizer, gradients, state.optimizer, state.params, learning_rate, mask)
         metrics = {
             "loss": loss / count,
             "gradient_norm": norm,

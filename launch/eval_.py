@@ -1,0 +1,90 @@
+"""`python -m launch eval CHECKPOINT`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tlite_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlite_jax.checkpoint import Checkpoint
+    from tlite_jax.data.buckets import HeldOutBucket
+    from tlite_jax.evaluate.bits_per_byte import Score
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="Run directory, or one RUN/checkpoints/STEP.")],
+    buckets: Annotated[Path | None, typer.Option(help="Prepared buckets; default: the run's own.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the run; default: the newest.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Per bucket; default: all held out.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure bits per byte on held-out text, per bucket and language.
+
+    Example: python -m launch eval runs/quickstart/run --json
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from tlite_jax.checkpoint import find
+    from tlite_jax.evaluate.bits_per_byte import combine
+
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: choose float32 or bfloat16")
+    found = find(checkpoint, step)
+    held_out, scores = score_checkpoint(found, buckets, max_tokens=max_tokens, dtype=dtype)
+    languages = combine(scores, held_out, "language")
+    rows = [(name, score) for name, score in scores.items()]
+    rows += [(f"language={value} (all but never trained)", score) for value, score in sorted(languages.items())]
+    if as_json:
+        values = {
+            name: {"bits_per_byte": score.bits_per_byte, "bytes": score.num_bytes, "tokens": score.num_tokens}
+            for name, score in rows
+        }
+        print(json.dumps({"checkpoint": str(found.path), "step": found.step, "results": values}, ensure_ascii=False))
+        return
+    table = Table("held-out text", "bits per byte", "bytes", "tokens", title=f"{found.path}")
+    for name, score in rows:
+        table.add_row(name, f"{score.bits_per_byte:.4f}", f"{score.num_bytes:,}", f"{score.num_tokens:,}")
+    Console().print(table)
+
+
+def score_checkpoint(
+    checkpoint: "Checkpoint", buckets: Path | None, *, max_tokens: int | None, dtype: str
+) -> "tuple[list[HeldOutBucket], dict[str, Score]]":
+    """Scores a checkpoint on all devices there are, sharded over them.
+
+    Raises:
+      UserError: no buckets known or none held out, or buckets of another tokenizer.
+    """
+    import jax
+
+    from tlite_jax.checkpoint import restore_params
+    from tlite_jax.config import ExecutionConfig, MeshConfig
+    from tlite_jax.data.buckets import BucketStore, read_held_out
+    from tlite_jax.evaluate.bits_per_byte import Evaluator
+    from tlite_jax.sharding import make_mesh
+
+    if buckets is None:
+        config = checkpoint.meta.config
+        if config is None:
+            raise UserError(f"{checkpoint.path} is an imported model, which has no buckets of its own; give --buckets")
+        buckets = Path(config["data"]["buckets"])
+    manifest = BucketStore.open(buckets).manifest
+    held_out = read_held_out(buckets)
+    if not held_out:
+        raise UserError(f"{buckets} holds no held-out documents; prepare with data.prepare.held_out.fraction > 0")
+    mesh = make_mesh(MeshConfig(fsdp=jax.device_count()))
+    evaluator = Evaluator(
+        checkpoint.meta.model,
+        ExecutionConfig.model_validate_json(json.dumps({"compute_dtype": dtype})),
+        mesh,
+        sequence_length=manifest["sequence_length"],
+        batch_size=4 * mesh.size,
+        start=manifest["origin"]["document_start"],
+        end=manifest["origin"]["document_end"],
+    )
+    return held_out, evaluator.score(restore_params(checkpoint, mesh), held_out, max_tokens)

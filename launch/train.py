@@ -1,0 +1,99 @@
+"""`python -m launch train CONFIG`."""
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from tlite_jax.train.loop import Evaluate, Result
+    from tlite_jax.train.run import Run
+    from tlite_jax.train.state import TrainState
+
+EXIT_PREEMPTED, EXIT_INTERRUPTED = 75, 130
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="The run, as YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Go on although model, data or optimizer settings have changed.")
+    ] = False,
+    coordinator: Annotated[str | None, typer.Option(help="host:port of process 0, without a scheduler.")] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Processes in the job.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="This process, from 0.")] = None,
+) -> None:
+    """Train a run, or go on with it: the same command does both.
+
+    SIGTERM and Ctrl-C save a checkpoint and stop, with exit status 75 and 130.
+
+    Example: python -m launch train configs/tlite_8b_stage1.yaml checkpoint.every=250 mesh.replica=12
+    """
+    from launch.distributed import initialize
+
+    initialize(coordinator, num_processes, process_id)
+    from tlite_jax.config_files import load_config
+    from tlite_jax.train.run import open_run
+
+    result = train_run(open_run(load_config(config, overrides or ()), allow_change=allow_change))
+    if result.signal is not None:
+        raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
+
+
+def train_run(run: "Run") -> "Result":
+    """Trains a run on all devices there are, with the console and the evaluation that its config asks for."""
+    import jax
+
+    from tlite_jax.sharding import make_mesh
+    from tlite_jax.telemetry.console import ConsoleSink
+    from tlite_jax.train.loop import train
+
+    mesh = make_mesh(run.config.mesh)
+    console = None
+    if jax.process_index() == 0 and run.config.telemetry.console:
+        if run.resumed is not None:
+            print(f"going on from step {run.start_step} of {run.directory}")
+        console = ConsoleSink(run.total_steps, run.start_step)
+    evaluate = make_evaluation(run, mesh) if run.config.evaluation.every else None
+    result = train(run, mesh, console=console, evaluate=evaluate)
+    if jax.process_index() == 0:
+        end = (
+            "done" if result.signal is None else f"stopped by {signal.Signals(result.signal).name}; run again to go on"
+        )
+        print(f"{run.directory}: step {result.step} of {run.total_steps}, {end}")
+    return result
+
+
+def make_evaluation(run: "Run", mesh: "Mesh") -> "Evaluate":
+    """Bits per byte of every held-out bucket and language, as metrics."""
+    from tlite_jax.data.buckets import read_held_out
+    from tlite_jax.data.tokenize import load_tokenizer
+    from tlite_jax.evaluate.bits_per_byte import Evaluator, combine
+
+    config = run.config
+    assert config.model is not None
+    assert config.data.tokenizer is not None
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.document_start, config.data.document_end)
+    buckets = read_held_out(config.data.buckets)
+    evaluator = Evaluator(
+        config.model,
+        config.execution,
+        mesh,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.evaluation.batch_size,
+        start=tokenizer.document_start,
+        end=tokenizer.document_end,
+    )
+
+    def evaluate(state: "TrainState") -> Mapping[str, float]:
+        scores = evaluator.score(state.params, buckets, config.evaluation.max_tokens)
+        named = {f"bits_per_byte/{name}": score for name, score in scores.items()}
+        languages = combine(scores, buckets, "language")
+        named |= {f"bits_per_byte/language={value}": score for value, score in languages.items()}
+        return {name: score.bits_per_byte for name, score in named.items()}
+
+    return evaluate

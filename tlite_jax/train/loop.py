@@ -1,0 +1,212 @@
+"""The training loop: batches in, metrics and checkpoints out. Never waits for the step it has just started."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from tlite_jax import optimizer
+from tlite_jax.checkpoint import Saver, saver, steps_on_disk
+from tlite_jax.data.loader import batches
+from tlite_jax.errors import UserError
+from tlite_jax.sharding import BATCH_SPEC
+from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
+from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
+from tlite_jax.train.run import Run, first_state
+from tlite_jax.train.state import TrainState
+from tlite_jax.train.step import Metrics, check_batch, make_step
+
+Evaluate = Callable[[TrainState], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended; `signal` is the one that stopped it early, if any."""
+
+    step: int
+    state: TrainState
+    signal: int | None
+
+
+def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evaluate | None = None) -> Result:
+    """Trains until `run.total_steps` or a SIGINT or SIGTERM, which saves and stops.
+
+    Args:
+      run: from `open_run`.
+      mesh: from `make_mesh`.
+      console: where people watch, on process 0.
+      evaluate: called at step 0 and every `evaluation.every` steps; what it returns is logged.
+
+    Raises:
+      UserError: a batch that does not divide over the mesh; damaged data.
+    """
+    config = run.config
+    assert config.model is not None
+    check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
+    schedule = optimizer.make_schedule(config.schedule, config.optimizer.learning_rate, run.total_steps)
+    step_fn = make_step(
+        config.model,
+        config.optimizer,
+        config.execution,
+        mesh,
+        schedule=lambda step: schedule(step + run.schedule_offset),
+        document_masking=config.data.document_masking,
+    )
+    state = first_state(run, mesh)
+    data = batches(
+        run.plan,
+        run.store,
+        sharding=NamedSharding(mesh, BATCH_SPEC),
+        batch_size=config.train.batch_size,
+        start_row=run.rows_consumed - run.segments[-1].start_row,
+        document_masking=config.data.document_masking,
+    )
+    with saver(run.directory, config.checkpoint) as checkpoints, _writer(run, console) as writer, _signals() as stop:
+        log = _Log(run, mesh, writer)
+        return _loop(run, state, step_fn, data, checkpoints, log, stop, evaluate)
+
+
+def _loop(
+    run: Run,
+    state: TrainState,
+    step_fn: Callable,
+    data: Iterator,
+    checkpoints: Saver,
+    log: "_Log",
+    stop: "_Stop",
+    evaluate: Evaluate | None,
+) -> Result:
+    config = run.config
+    step = run.start_step
+
+    def run_evaluation() -> None:
+        if evaluate is not None:
+            log.flush()
+            log.write(step, evaluate(state))
+            log.restart(step)
+
+    if step == 0:
+        run_evaluation()
+    while step < run.total_steps and not stop.reached(step):
+        state, metrics = step_fn(state, next(data))
+        step += 1
+        log.later(step, metrics)
+        checkpoints.check()
+        if step % config.checkpoint.every == 0 and step < run.total_steps:
+            checkpoints.save(state, run.meta(step))
+        if config.evaluation.every and step % config.evaluation.every == 0 and step < run.total_steps:
+            run_evaluation()
+    log.flush()
+    if step not in steps_on_disk(run.directory):
+        checkpoints.save(state, run.meta(step))
+    if step == run.total_steps and step > run.start_step:
+        run_evaluation()
+    return Result(step, state, stop.signal)
+
+
+class _Log:
+    """Reads a step's metrics back only after the next step has been started."""
+
+    def __init__(self, run: Run, mesh: Mesh, writer: MetricsWriter):
+        config = run.config
+        assert config.model is not None
+        self._every, self._total = config.train.log_every, run.total_steps
+        self._writer = writer
+        self._pending: tuple[int, Metrics] | None = None
+        peak = config.telemetry.peak_flops_per_device or peak_flops(mesh.devices.flat[0].device_kind)
+        self._throughput = Throughput(
+            flops_per_token(config.model, config.data.sequence_length),
+            tokens_per_step=config.train.batch_size * config.data.sequence_length,
+            num_devices=mesh.size,
+            peak_flops_per_device=peak,
+        )
+        self._tokens_per_step = config.train.batch_size * config.data.sequence_length
+
+    def later(self, step: int, metrics: Metrics) -> None:
+        """Notes a step just started and logs the one before it."""
+        self.flush()
+        if step % self._every == 0 or step == self._total:
+            self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Logs the step noted last, waiting for it."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
+        values["tokens"] = float(step * self._tokens_per_step)
+        self.write(step, {**values, **self._throughput.update(step, time.monotonic())})
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss is {values['loss']} at step {step}; lower optimizer.learning_rate or mend the data"
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes at once."""
+        self._writer.write(step, values)
+
+    def restart(self, step: int) -> None:
+        """Leaves what happened since the last step out of the throughput."""
+        self._throughput.restart(step, time.monotonic())
+
+
+@contextmanager
+def _writer(run: Run, console: Sink | None) -> Iterator[MetricsWriter]:
+    sinks: list[Sink] = []
+    if jax.process_index() == 0:
+        telemetry = run.config.telemetry
+        resume = run.start_step if run.resumed else None
+        if telemetry.jsonl:
+            sinks.append(JsonlSink(run.directory / "metrics.jsonl", resume_step=resume))
+        if telemetry.tensorboard:
+            sinks.append(TensorBoardSink(run.directory / "tensorboard", resume_step=resume))
+        if telemetry.console and console is not None:
+            sinks.append(console)
+    with MetricsWriter(sinks) as writer:
+        yield writer
+
+
+class _Stop:
+    """Whether a signal asks to save and stop."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def notice(self, number: int, _: FrameType | None) -> None:
+        """The handler: the first signal asks, a second SIGINT insists."""
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def reached(self, step: int) -> bool:
+        """True when this step is not to be started.
+
+        In a job of several processes jax's own SIGTERM handler tells the coordinator, which names a step that all
+        of them stop before; no device is waited for.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Handles SIGINT and SIGTERM while training; elsewhere than on the main thread, signals are not ours."""
+    stop = _Stop()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop.notice) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,214 @@
+"""Opening a run: what it starts from, whether its directory is its own, and where it goes on.
+
+config --resolve--> config with model and tokenizer --open_run--> Run(plan, state, position)
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from tlite_jax import checkpoint as checkpoints
+from tlite_jax.checkpoint import Checkpoint, Meta
+from tlite_jax.config import RunConfig
+from tlite_jax.config_files import differences, load_config, save_config
+from tlite_jax.data.buckets import BucketStore
+from tlite_jax.data.mixture import make_plan
+from tlite_jax.data.order import Plan, Segment
+from tlite_jax.data.tokenize import check_vocabulary, load_tokenizer
+from tlite_jax.errors import UserError
+from tlite_jax.train.state import TrainState, init_state, start_state
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training loop needs, found out before anything is computed."""
+
+    config: RunConfig
+    directory: Path
+    plan: Plan
+    store: BucketStore
+    base: Checkpoint | None
+    resumed: Checkpoint | None
+    segments: tuple[Segment, ...]
+    schedule_offset: int
+    total_steps: int
+
+    @property
+    def start_step(self) -> int:
+        """Batches completed before this start."""
+        return self.resumed.step if self.resumed else 0
+
+    @property
+    def rows_consumed(self) -> int:
+        """Rows read by the batches completed."""
+        return self.resumed.meta.rows_consumed if self.resumed else 0
+
+    def meta(self, step: int) -> Meta:
+        """What a checkpoint after `step` batches says of itself."""
+        rows = self.rows_consumed + (step - self.start_step) * self.config.train.batch_size
+        assert self.config.model is not None
+        source = self.resumed or self.base
+        return Meta(
+            step=step,
+            rows_consumed=rows,
+            segments=self.segments,
+            schedule_offset=self.schedule_offset,
+            model=self.config.model,
+            weights_dtype=source.meta.weights_dtype if source else "bfloat16",
+            origin=f"trained from {self.base.path}" if self.base else "trained from random weights",
+            config=self.config.model_dump(mode="json"),
+            tensor_dtypes=source.meta.tensor_dtypes if source else {},
+        )
+
+
+def resolve(config: RunConfig) -> tuple[RunConfig, Checkpoint | None]:
+    """Fills in what `init_from` decides: the model's shape and the tokenizer.
+
+    Raises:
+      UserError: no such checkpoint, or a model section that is not the checkpoint's.
+    """
+    if config.init_from is None:
+        return config, None
+    base = checkpoints.find(config.init_from.path, config.init_from.step)
+    if config.model is not None and config.model != base.meta.model:
+        changed = differences(base.meta.model.model_dump(mode="json"), config.model.model_dump(mode="json"), "model.")
+        raise UserError(f"model is not that of init_from ({base.path}): {'; '.join(changed)}; leave model out")
+    if config.init_from.optimizer == "carry" and not base.has_optimizer:
+        raise UserError(f"{base.path} holds no optimizer state; set init_from.optimizer: reset")
+    # The step is pinned, so that the run is the same value after its source has trained on.
+    pinned = config.init_from.model_copy(update={"step": base.step})
+    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or base.tokenizer_dir})
+    return config.model_copy(update={"model": base.meta.model, "init_from": pinned, "data": data}), base
+
+
+def open_run(config: RunConfig, *, allow_change: bool = False) -> Run:
+    """Checks a run's inputs, claims its directory and finds out where it goes on. Only process 0 writes.
+
+    Args:
+      config: as given by the user.
+      allow_change: accept a semantic config or a data plan that differs from the one the run has used so far; the
+        change is recorded as a new segment.
+
+    Raises:
+      UserError: anything that would make the run fail later or harm another one.
+    """
+    config, base = resolve(config)
+    directory = config.output
+    resumed = checkpoints.find(directory) if checkpoints.steps_on_disk(directory) else None
+    if resumed is not None and resumed.meta.config is None:
+        raise UserError(f"{directory} holds an imported model, not a run; choose another output")
+    _check_directory(config, directory, allow_change)
+    store, plan = _plan(config)
+    total_steps = config.train.steps or plan.total_rows // config.train.batch_size
+    segments = _segments(resumed, plan, allow_change)
+    start_row = resumed.meta.rows_consumed if resumed else 0
+    start_step = resumed.step if resumed else 0
+    needed = (total_steps - start_step) * config.train.batch_size
+    available = plan.total_rows - (start_row - segments[-1].start_row)
+    if needed > available:
+        raise UserError(
+            f"train.steps {total_steps} needs {needed} more rows, the mixture has {available} left; "
+            "enlarge data.mixture or lower train.steps"
+        )
+    if jax.process_index() == 0:
+        _claim(config, directory, plan)
+    carried = base is not None and config.init_from is not None and config.init_from.schedule == "carry"
+    if resumed is not None:
+        schedule_offset = resumed.meta.schedule_offset
+    else:
+        schedule_offset = base.step + base.meta.schedule_offset if carried and base is not None else 0
+    return Run(config, directory, plan, store, base, resumed, segments, schedule_offset, total_steps)
+
+
+def first_state(run: Run, mesh: Mesh) -> TrainState:
+    """The state to go on from: the run's own checkpoint, its source's, or random weights."""
+    assert run.config.model is not None
+    if run.resumed is not None:
+        params = checkpoints.restore_params(run.resumed, mesh)
+        state = start_state(params, checkpoints.restore_optimizer(run.resumed, mesh), mesh)
+        return state._replace(step=jax.device_put(jax.numpy.int32(run.resumed.step), state.step.sharding))
+    if run.base is not None and run.config.init_from is not None:
+        adam = None
+        if run.config.init_from.optimizer == "carry":
+            adam = checkpoints.restore_optimizer(run.base, mesh)
+        return start_state(checkpoints.restore_params(run.base, mesh), adam, mesh)
+    return init_state(run.config.model, mesh, run.config.seed)
+
+
+def _plan(config: RunConfig) -> tuple[BucketStore, Plan]:
+    """Opens the buckets and makes the order of rows; refuses what the model or the config cannot read."""
+    assert config.model is not None
+    assert config.data.tokenizer is not None
+    data = config.data
+    tokenizer = load_tokenizer(config.data.tokenizer, data.document_start, data.document_end)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    store = BucketStore.open(data.buckets)
+    store.check(sequence_length=data.sequence_length, vocab_size=config.model.vocab_size)
+    if store.manifest["tokenizer"] != tokenizer.hash:
+        raise UserError(f"{data.buckets} was prepared with another tokenizer than {data.tokenizer}; prepare it again")
+    rows = config.train.steps * config.train.batch_size if config.train.steps else None
+    plan = make_plan(data.mixture, store.infos(), seed=config.seed, sequence_length=data.sequence_length, rows=rows)
+    return store, plan
+
+
+def _segments(resumed: Checkpoint | None, plan: Plan, allow_change: bool) -> tuple[Segment, ...]:
+    if resumed is None:
+        return (Segment(0, plan.hash),)
+    segments = resumed.meta.segments
+    if segments[-1].plan_hash == plan.hash:
+        return segments
+    if not allow_change:
+        raise UserError(
+            f"the data plan has changed from {segments[-1].plan_hash} to {plan.hash} since step {resumed.step} "
+            "(mixture, buckets or seed); undo it, or pass --allow-change to go on with the new one from here"
+        )
+    return (*segments, Segment(resumed.meta.rows_consumed, plan.hash))
+
+
+def _check_directory(config: RunConfig, directory: Path, allow_change: bool) -> None:
+    """Refuses a directory that another run owns, or that cannot be written."""
+    saved = directory / CONFIG_FILE
+    if saved.exists():
+        old, new = load_config(saved).semantic(), config.semantic()
+        if (changed := differences(old, new)) and not allow_change:
+            raise UserError(
+                f"{directory} holds another run; changed: {'; '.join(changed)}. "
+                "Choose another output, or pass --allow-change to go on with the change from here"
+            )
+    elif directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"output {directory} is not empty and holds no run; choose another directory")
+    check_writable(directory)
+
+
+def check_writable(directory: Path) -> None:
+    """Raises UserError unless files can be made in `directory`, which need not exist yet."""
+    place = directory
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from error
+
+
+def _claim(config: RunConfig, directory: Path, plan: Plan) -> None:
+    """Writes what the run is: its config, tokenizer and plan. The config comes last: it marks the directory."""
+    (directory / "plans").mkdir(parents=True, exist_ok=True)
+    (directory / "plans" / f"{plan.hash}.json").write_text(plan.to_json(), encoding="utf-8")
+    assert config.data.tokenizer is not None
+    if not (directory / "tokenizer").exists():
+        copy = directory / "tokenizer.partial"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(config.data.tokenizer, copy)
+        copy.rename(directory / "tokenizer")
+    partial = directory / f"{CONFIG_FILE}.partial"
+    save_config(config, partial)
+    os.replace(partial, directory / CONFIG_FILE)
