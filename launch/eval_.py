@@ -30,15 +30,13 @@ def main(
     from rich.table import Table
 
     from tlite_jax.checkpoint import find
-    from tlite_jax.evaluate.bits_per_byte import combine
+    from tlite_jax.evaluate.bits_per_byte import by_name
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: choose float32 or bfloat16")
     found = find(checkpoint, step)
     held_out, scores = score_checkpoint(found, buckets, max_tokens=max_tokens, dtype=dtype)
-    languages = combine(scores, held_out, "language")
-    rows = [(name, score) for name, score in scores.items()]
-    rows += [(f"language={value} (all but never trained)", score) for value, score in sorted(languages.items())]
+    rows = by_name(scores, held_out).items()
     if as_json:
         values = {
             name: {"bits_per_byte": score.bits_per_byte, "bytes": score.num_bytes, "tokens": score.num_tokens}

@@ -72,7 +72,7 @@ def make_evaluation(run: "Run", mesh: "Mesh") -> "Evaluate":
     """Bits per byte of every held-out bucket and language, as metrics."""
     from tlite_jax.data.buckets import read_held_out
     from tlite_jax.data.tokenize import load_tokenizer
-    from tlite_jax.evaluate.bits_per_byte import Evaluator, combine
+    from tlite_jax.evaluate.bits_per_byte import Evaluator, by_name
 
     config = run.config
     assert config.model is not None
@@ -91,9 +91,6 @@ def make_evaluation(run: "Run", mesh: "Mesh") -> "Evaluate":
 
     def evaluate(state: "TrainState") -> Mapping[str, float]:
         scores = evaluator.score(state.params, buckets, config.evaluation.max_tokens)
-        named = {f"bits_per_byte/{name}": score for name, score in scores.items()}
-        languages = combine(scores, buckets, "language")
-        named |= {f"bits_per_byte/language={value}": score for value, score in languages.items()}
-        return {name: score.bits_per_byte for name, score in named.items()}
+        return {f"bits_per_byte/{name}": score.bits_per_byte for name, score in by_name(scores, buckets).items()}
 
     return evaluate

@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 _CYRILLIC = re.compile(r"[А-Яа-яЁё]")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -75,42 +75,6 @@ def _map_blocks(text: str, function: Callable[[str], str]) -> str:
         if blocks:
             sections.append(("\f" + heading + "\n" if number else "") + "\n\n".join(blocks))
     return "\n\n".join(sections)
-
-
-def split_long(text: str, max_characters: int) -> Iterator[str]:
-    """Splits a text into documents: at its headings where it can, otherwise between paragraphs.
-
-    Args:
-      text: paragraphs separated by blank lines; headings begin with a form feed, which is removed.
-      max_characters: a document ends before the section that would make it longer; only a single longer paragraph
-        exceeds it.
-
-    Yields:
-      Documents that together hold all of the text.
-    """
-    for document in _pack(re.split(r"(?=\f)", text), max_characters, "\n\n"):
-        if len(document) <= max_characters:
-            yield document.replace("\f", "")
-        else:
-            yield from _pack(document.replace("\f", "").split("\n\n"), max_characters, "\n\n")
-
-
-def _pack(pieces: Sequence[str], max_characters: int, separator: str) -> Iterator[str]:
-    packed = ""
-    for piece in pieces:
-        piece = piece.strip("\n")
-        if packed and len(packed) + len(separator) + len(piece) > max_characters:
-            yield packed
-            packed = ""
-        packed = f"{packed}{separator}{piece}" if packed else piece
-    if packed:
-        yield packed
-
-
-def split_code(text: str, max_characters: int) -> list[str]:
-    """Splits a Python file between its top-level definitions into documents of about `max_characters`."""
-    pieces = re.split(r"\n\n\n(?=\S)", text.replace("\r\n", "\n").replace("\f", ""))
-    return [piece for piece in _pack(pieces, max_characters, "\n\n\n") if len(piece) <= 4 * max_characters]
 
 
 def fortunes(text: str, document_characters: int = 1000) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import os
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +19,9 @@ from tlite_jax.config import SourceConfig
 from tlite_jax.errors import UserError
 
 Kind = Literal["debian", "sample"]
-VERSION = 1  # of what is extracted and how: a corpus of another version is built anew
+VERSION = 2  # of what is extracted and how: a corpus of another version is built anew
 MARKER = "corpus.json"
-MIN_CHARACTERS, MAX_CHARACTERS = 200, 6000  # of a document
+MIN_CHARACTERS, MAX_CHARACTERS = 200, 60_000  # a document is a whole page or file, never parts of one
 MIN_RECURRENCE = 5  # a line in so many documents is boilerplate
 NEVER_TRAINED = frozenset({"russian_aphorisms", "russian_letters"})
 SAMPLE_SOURCES = ("russian", "russian_letters", "english", "code")
@@ -276,10 +276,10 @@ def _extract(recipe: Recipe, packages: list[Path]) -> list[str]:
     for page in pages:
         if size > recipe.max_bytes:
             break
-        for text in clean.split_long(keep(page), MAX_CHARACTERS):
-            if len(text) >= MIN_CHARACTERS and text not in documents:
-                documents[text] = None
-                size += len(text.encode())
+        text = keep(page).replace("\f", "")
+        if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS and text not in documents:
+            documents[text] = None
+            size += len(text.encode())
     return list(documents)
 
 
@@ -302,18 +302,13 @@ def _standard_library() -> list[str]:
     documents: list[str] = []
     size = 0
     for path in sorted(paths, key=lambda path: _shuffled(path.relative_to(root).as_posix())):
-        for text in _code_documents(path):
+        try:
+            text = path.read_text(encoding="utf-8").replace("\r\n", "\n").replace("\f", "")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS and not path.name.startswith("_sysconfigdata"):
             documents.append(text)
             size += len(text.encode())
         if size > CODE_BYTES:
             break
     return documents
-
-
-def _code_documents(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return
-    if not path.name.startswith("_sysconfigdata"):
-        yield from (t for t in clean.split_code(text, MAX_CHARACTERS) if len(t) >= MIN_CHARACTERS)

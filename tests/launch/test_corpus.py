@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from launch.quickstart_parts import base_model, clean, corpus, debian
 from launch.quickstart_parts.html import html_to_text
@@ -162,19 +160,6 @@ def test_untranslated_passages_and_listings_are_dropped() -> None:
     )
     assert clean.russian_only("An English page.\n\nБез перевода occurs here as aforementioned") == ""
     assert clean.drop_empty_sections("\fA\n\n\fB\ntext") == "\fB\ntext"
-
-
-@given(st.lists(st.tuples(st.booleans(), st.text("абв ", min_size=1, max_size=60)), max_size=30), st.integers(10, 200))
-def test_splitting_loses_nothing(paragraphs: list[tuple[bool, str]], limit: int) -> None:
-    blocks = [("\f" if heading else "") + "x" + text.strip() for heading, text in paragraphs]
-    pieces = list(clean.split_long("\n\n".join(blocks), limit))
-    assert "\n\n".join(pieces) == "\n\n".join(blocks).replace("\f", "")
-    assert all(len(piece) <= limit or "\n\n" not in piece for piece in pieces)
-
-
-def test_code_is_split_between_definitions() -> None:
-    source = "import os\n\n\nclass A:\n    x = 1\n\n    y = 2\n\n\ndef f():\n    pass\n"
-    assert clean.split_code(source, 30) == ["import os", "class A:\n    x = 1\n\n    y = 2", "def f():\n    pass"]
 
 
 def rows(path: str) -> list[dict[str, str]]:

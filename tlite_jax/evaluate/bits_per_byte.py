@@ -164,6 +164,12 @@ def combine(scores: Mapping[str, Score], buckets: Sequence[HeldOutBucket], label
     return result
 
 
+def by_name(scores: Mapping[str, Score], buckets: Sequence[HeldOutBucket]) -> dict[str, Score]:
+    """Every bucket's score, and every language's under "language=VALUE"."""
+    languages = combine(scores, buckets, "language")
+    return {**scores, **{f"language={value}": score for value, score in sorted(languages.items())}}
+
+
 def _first_fit(windows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Rows:
     windows = sorted(windows, key=lambda window: -len(window[0]))
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = []

@@ -142,7 +142,7 @@ class _Log:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
-        values["tokens"] = float(step * self._tokens_per_step)
+        values["tokens_seen"] = float(step * self._tokens_per_step)
         self.write(step, {**values, **self._throughput.update(step, time.monotonic())})
         if not math.isfinite(values["loss"]):
             raise UserError(
@@ -163,7 +163,7 @@ def _writer(run: Run, console: Sink | None) -> Iterator[MetricsWriter]:
     sinks: list[Sink] = []
     if jax.process_index() == 0:
         telemetry = run.config.telemetry
-        resume = run.start_step if run.resumed else None
+        resume = run.start_step if run.resumed else -1  # without a checkpoint, nothing that was logged counts
         if telemetry.jsonl:
             sinks.append(JsonlSink(run.directory / "metrics.jsonl", resume_step=resume))
         if telemetry.tensorboard:

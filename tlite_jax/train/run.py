@@ -104,9 +104,10 @@ def open_run(config: RunConfig, *, allow_change: bool = False) -> Run:
     resumed = checkpoints.find(directory) if checkpoints.steps_on_disk(directory) else None
     if resumed is not None and resumed.meta.config is None:
         raise UserError(f"{directory} holds an imported model, not a run; choose another output")
-    _check_directory(config, directory, allow_change)
     store, plan = _plan(config)
     total_steps = config.train.steps or plan.total_rows // config.train.batch_size
+    config = _with_cosine_length(config, total_steps)
+    _check_directory(config, directory, allow_change)
     segments = _segments(resumed, plan, allow_change)
     start_row = resumed.meta.rows_consumed if resumed else 0
     start_step = resumed.step if resumed else 0
@@ -156,6 +157,14 @@ def _plan(config: RunConfig) -> tuple[BucketStore, Plan]:
     rows = config.train.steps * config.train.batch_size if config.train.steps else None
     plan = make_plan(data.mixture, store.infos(), seed=config.seed, sequence_length=data.sequence_length, rows=rows)
     return store, plan
+
+
+def _with_cosine_length(config: RunConfig, total_steps: int) -> RunConfig:
+    """Pins the cosine's length, which is part of what is learned, where it was left to the run's."""
+    if config.schedule.name == "constant_with_warmup" or config.schedule.total_steps is not None:
+        return config
+    schedule = config.schedule.model_copy(update={"total_steps": total_steps})
+    return config.model_copy(update={"schedule": schedule})
 
 
 def _segments(resumed: Checkpoint | None, plan: Plan, allow_change: bool) -> tuple[Segment, ...]:
