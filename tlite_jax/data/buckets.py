@@ -23,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tlite_jax.config import digest
-from tlite_jax.data.files import ChecksummedFile, map_array, read_json, sync_directory, write_json
+from tlite_jax.data.files import ChecksummedFile, check_size, map_array, read_json, sync_directory, write_json
 from tlite_jax.data.mixture import BucketInfo
 from tlite_jax.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+FILES = ("tokens.bin", "rows.bin", "documents.bin", "held_out.bin", "held_out_sizes.bin")
 TOKEN, OFFSET = np.dtype("<u4"), np.dtype("<i8")
 # Rows are checksummed and written this many tokens at a time.
 _FLUSH_TOKENS = 1 << 20
@@ -62,8 +63,7 @@ class BucketWriter:
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir()
         self._sequence_length, self._pad_id = sequence_length, pad_id
-        names = ("tokens.bin", "rows.bin", "documents.bin", "held_out.bin", "held_out_sizes.bin")
-        self._files = {name: ChecksummedFile(self._directory / name) for name in names}
+        self._files = {name: ChecksummedFile(self._directory / name) for name in FILES}
         self._pending: list[Tokens] = []
         self._pending_tokens = self._tokens = self._rows = self._documents = 0
         self._text_bytes = self._held_out_documents = self._held_out_tokens = self._held_out_bytes = 0
@@ -198,6 +198,10 @@ class Bucket:
         ]
         return HeldOutBucket(self.name, dict(self.manifest["labels"]), self.manifest["never_trained"], documents)
 
+    def content(self) -> str:
+        """Names the bytes that are trained on."""
+        return digest([self.manifest["files"][name] for name in ("tokens.bin", "documents.bin")])
+
     def verify(self) -> Iterator[str]:
         """Reads every byte; yields one line for each damaged file."""
         for name, expected in self.manifest["files"].items():
@@ -231,7 +235,7 @@ class BucketStore:
 
     @classmethod
     def open(cls, directory: Path) -> "BucketStore":
-        """Opens what `prepare` wrote: every manifest is checked, every file's size too, tokens when they are read.
+        """Opens what `prepare` wrote: manifests and file sizes are checked now, each row when it is read.
 
         Raises:
           UserError: nothing there, unfinished, another format version, damaged.
@@ -244,6 +248,8 @@ class BucketStore:
             values = read_json(directory / name / MANIFEST)
             if digest(values) != expected:
                 raise UserError(f"bucket {name} is not the one that {directory} was made with; prepare it again")
+            for file, size in values["files"].items():
+                check_size(directory / name / file, size)
             buckets.append(Bucket(directory / name, values))
         return cls(directory, manifest, buckets)
 
@@ -264,10 +270,19 @@ class BucketStore:
     def infos(self) -> tuple[BucketInfo, ...]:
         """What a mixture can draw on: the buckets that have rows to train on."""
         return tuple(
-            BucketInfo(b.name, b.manifest["labels"], b.manifest["rows"], self.manifest["buckets"][b.name])
+            BucketInfo(b.name, b.manifest["labels"], b.manifest["rows"], b.content())
             for b in self.buckets.values()
             if b.manifest["rows"]
         )
+
+
+def is_bucket(path: Path) -> bool:
+    """Whether a directory is a bucket, whole or not: it holds a bucket's files and nothing else."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = {file.name for file in path.iterdir()}
+    unfinished = path.name.startswith(".") and path.name.endswith(".partial")
+    return (unfinished or "tokens.bin" in names) and names <= {*FILES, MANIFEST, f".{MANIFEST}.partial"}
 
 
 def read_store_manifest(directory: Path) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,25 +114,15 @@ def write_quarantine(path: Path, shards: Sequence[Shard], corpus: Corpus) -> Non
 
 def bucket_names(keys: Sequence[BucketKey]) -> list[str]:
     """Readable, distinct directory names: the labels' values, and a hash where that would not tell them apart."""
-    plain = [_slug([value for _, value in key.labels]) for key in keys]
+    plain = [".".join(value for _, value in key.labels) or "all" for key in keys]
     # Case-insensitive file systems hold only one of two names that differ in case.
-    folded = [name and name.lower() for name in plain]
+    count = Counter(name.lower() for name in plain)
     names = []
-    for key, name, fold in zip(keys, plain, folded, strict=True):
-        mark = digest([key.labels, key.never_trained])[:8]
-        if name is None:
-            readable = "".join(c if c.isalnum() and c.isascii() else "_" for _, value in key.labels for c in value)
-            names.append(f"{readable[:48]}-{mark}")
-        else:
-            names.append(name if folded.count(fold) == 1 else f"{name}-{mark}")
+    for key, name in zip(keys, plain, strict=True):
+        safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", name).lstrip(".")[:80]
+        tells_apart = safe == name and count[name.lower()] == 1 and not name.lower().endswith((".json", ".jsonl"))
+        names.append(name if tells_apart else f"{safe}-{digest([key.labels, key.never_trained])[:8]}")
     return names
-
-
-def _slug(values: Sequence[str]) -> str | None:
-    """Label values joined, None when they do not make a safe, short file name that tells them apart."""
-    allowed = all(value.isascii() and value.replace("_", "").replace("+", "").isalnum() for value in values)
-    name = ".".join(values) if values else "all"
-    return name if allowed and len(name) <= 100 else None
 
 
 def _locations(shards: Sequence[Shard], done: Sequence[TokenizedShard]) -> list[list[tuple[str, int]]]:

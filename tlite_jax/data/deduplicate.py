@@ -6,7 +6,6 @@ Both keep the document that comes first in the order they are given.
 import re
 from collections.abc import Callable, Sequence
 
-import datasketch
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +14,7 @@ from tlite_jax.config import NearDuplicatesConfig
 Ints = npt.NDArray[np.int64]
 
 _WORD = re.compile(r"\w+")
-_SEED = 1
+_SEED, _PART = 1, 8192
 # 32-bit permutations, named so that another version of datasketch computes the same ones.
 _SCHEME = "affine32"
 
@@ -24,6 +23,8 @@ class Signer:
     """Text -> MinHash signature over its word n-grams, case and punctuation aside."""
 
     def __init__(self, config: NearDuplicatesConfig) -> None:
+        import datasketch  # slow to import, and not always used
+
         self._ngram_words = config.ngram_words
         self._empty = datasketch.MinHash(num_perm=config.num_permutations, seed=_SEED, scheme=_SCHEME)
 
@@ -32,7 +33,10 @@ class Signer:
         words = _WORD.findall(text.lower()) or list(text)
         ngrams = {" ".join(words[i : i + self._ngram_words]) for i in range(max(1, len(words) - self._ngram_words + 1))}
         signature = self._empty.copy()
-        signature.update_batch([ngram.encode() for ngram in ngrams])
+        # In parts: hashing n-grams takes num_permutations words of memory for each.
+        encoded = [ngram.encode() for ngram in ngrams]
+        for start in range(0, len(encoded), _PART):
+            signature.update_batch(encoded[start : start + _PART])
         return signature.hashvalues.astype(np.uint32)
 
 
@@ -78,6 +82,8 @@ def near_duplicates(
     Returns:
       removed document -> (the kept one it resembles most, estimated Jaccard similarity).
     """
+    import datasketch
+
     index = datasketch.MinHashLSH(threshold=config.threshold, num_perm=config.num_permutations)
     removed: dict[int, tuple[int, float]] = {}
     for number, document in enumerate(candidates):

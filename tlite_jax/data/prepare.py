@@ -23,11 +23,11 @@ import numpy.typing as npt
 from tlite_jax.config import DataConfig, PrepareConfig, RunConfig, digest
 from tlite_jax.config_files import differences
 from tlite_jax.data.assemble import Assembler
-from tlite_jax.data.buckets import FORMAT_VERSION, MANIFEST, BucketStore, read_store_manifest
+from tlite_jax.data.buckets import FORMAT_VERSION, MANIFEST, BucketStore, is_bucket, read_store_manifest
 from tlite_jax.data.corpus import MAX_BUCKETS, Corpus, bucket_names, by_bucket, join, write_quarantine
 from tlite_jax.data.deduplicate import exact_duplicates, near_duplicates
 from tlite_jax.data.documents import InputFile, Shard, find_files, make_shards
-from tlite_jax.data.files import read_json, sync_directory, write_json
+from tlite_jax.data.files import sync_directory, write_json
 from tlite_jax.data.shards import ShardSettings, encoder_for, open_shard, start_worker, tokenize_shard, work
 from tlite_jax.data.splits import held_out
 from tlite_jax.data.tokenize import Encoder, TokenizerFile, check_vocabulary, load_tokenizer
@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 Ints = npt.NDArray[np.int64]
 
 QUARANTINE, DUPLICATES = "quarantine.jsonl", "duplicates.jsonl"
-_SHARDS, _LOCK, _UNFINISHED = ".shards", ".lock", ".unfinished.json"
+_SHARDS, _LOCK = ".shards", ".lock"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def prepare(
       config: the run.
       tokenizer_dir: a Hugging Face tokenizer directory.
       progress: called with (stage, done, total).
-      force: replace buckets made from something else.
+      force: make the buckets anew, whatever is there.
 
     Returns:
       Counts per bucket and source.
@@ -96,13 +96,12 @@ def prepare(
     origin = _origin(data, todo, tokenizer, files)
     try:
         with _claim(data.buckets):
-            if (existing := read_store_manifest(data.buckets)) is not None:
+            if not force and (existing := read_store_manifest(data.buckets)) is not None:
                 if existing["origin"] == origin:
                     return _report(data.buckets, existing, reused=True)
-                if not force:
-                    changed = "; ".join(_changes(existing["origin"], origin))
-                    raise UserError(f"{data.buckets} holds buckets made from something else ({changed}); add --force")
-            _refuse_foreign(data.buckets, existing)
+                changed = "; ".join(_changes(existing["origin"], origin))
+                raise UserError(f"{data.buckets} holds buckets made from something else ({changed}); add --force")
+            _refuse_foreign(data.buckets)
             return _prepare(data, todo, tokenizer, files, origin, progress or (lambda *_: None))
     except OSError as error:
         raise UserError(f"cannot write buckets to {data.buckets}: {error.strerror or error}") from error
@@ -127,7 +126,6 @@ def _prepare(
     exact, near = _find_duplicates(corpus, todo, progress)
     names = bucket_names(corpus.keys)
     _clear(data.buckets)
-    write_json(data.buckets / _UNFINISHED, {"buckets": names})
     _write_duplicates(data.buckets / DUPLICATES, corpus, exact, near)
     stays = exact == np.arange(len(exact))
     stays[list(near)] = False
@@ -146,7 +144,6 @@ def _prepare(
         "buckets": digests,
     }
     write_json(data.buckets / MANIFEST, manifest)
-    (data.buckets / _UNFINISHED).unlink()
     shutil.rmtree(data.buckets / _SHARDS, ignore_errors=True)
     return _report(data.buckets, manifest, reused=False)
 
@@ -192,32 +189,21 @@ def _claim(directory: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_foreign(directory: Path, existing: dict[str, Any] | None) -> None:
+def _refuse_foreign(directory: Path) -> None:
     """Refuses a directory that holds anything `prepare` did not write."""
-    ours = {_LOCK, _SHARDS, _UNFINISHED, QUARANTINE, DUPLICATES, MANIFEST, f".{MANIFEST}.partial"}
-    ours |= {f".{_UNFINISHED}.partial"}
-    for name in _bucket_names(directory, existing):
-        ours |= {name, f".{name}.partial"}
-    if foreign := sorted(path.name for path in directory.iterdir() if path.name not in ours):
+    ours = {_LOCK, _SHARDS, QUARANTINE, DUPLICATES, MANIFEST, f".{MANIFEST}.partial"}
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in ours and not is_bucket(path))
+    if foreign:
         raise UserError(f"{directory} holds {foreign[0]}, which prepare did not write; choose an empty data.buckets")
-
-
-def _bucket_names(directory: Path, existing: dict[str, Any] | None) -> list[str]:
-    """Buckets of a finished or an interrupted preparation."""
-    names = list(existing["buckets"]) if existing else []
-    if (directory / _UNFINISHED).exists():
-        names += read_json(directory / _UNFINISHED)["buckets"]
-    return names
 
 
 def _clear(directory: Path) -> None:
     """Removes earlier buckets, the manifest first, so that what remains is never taken for whole."""
-    names = _bucket_names(directory, read_store_manifest(directory))
     (directory / MANIFEST).unlink(missing_ok=True)
     sync_directory(directory)
-    for name in names:
-        shutil.rmtree(directory / name, ignore_errors=True)
-        shutil.rmtree(directory / f".{name}.partial", ignore_errors=True)
+    for path in list(directory.iterdir()):
+        if is_bucket(path):
+            shutil.rmtree(path)
 
 
 def _tokenize(shards: Sequence[Shard], settings: ShardSettings, num_workers: int, progress: Progress) -> list[Path]:

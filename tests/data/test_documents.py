@@ -1,0 +1,188 @@
+"""Every format gives the same documents; bad ones come out with a reason; memory stays bounded."""
+
+import gzip
+import itertools
+import json
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from written_texts import ENGLISH, RUSSIAN, make_texts, write_jsonl
+
+from tlite_jax.config import SourceConfig
+from tlite_jax.data import documents
+from tlite_jax.data.documents import BadDocument, Document, Piece, find_files, make_shards, read_piece
+from tlite_jax.errors import UserError
+
+TEXTS = make_texts(RUSSIAN, 40, 0) + make_texts(ENGLISH, 40, 1)
+
+
+def read(source: SourceConfig, limit: int = 100_000) -> list[Document | BadDocument]:
+    shards = make_shards(source, find_files(source))
+    return [found for shard in shards for piece in shard.pieces for found in read_piece(source, piece, limit)]
+
+
+def source_of(path: Path | str, **fields) -> SourceConfig:
+    return SourceConfig(name="s", paths=(str(path),), **fields)
+
+
+def write_as(kind: str, directory: Path) -> Path:
+    records = [{"text": text, "style": f"style{i % 3}"} for i, text in enumerate(TEXTS)]
+    plain = write_jsonl(directory / "a.jsonl", records)
+    path = directory / f"a.{kind}"
+    if kind == "jsonl.zst":
+        # Several frames one after another, as pzstd and appending write them.
+        half = plain.read_bytes()
+        path.write_bytes(zstandard.compress(half[:5000]) + zstandard.compress(half[5000:]))
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(records), path, row_group_size=30)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz", "parquet"])
+def test_formats_agree(kind: str, tmp_path: Path) -> None:
+    source = source_of(write_as(kind, tmp_path), labels={"language": "ru"}, label_fields={"style": "style"})
+    found = read(source)
+    assert [document.text for document in found] == TEXTS
+    assert [document.line for document in found] == list(range(1, 81))
+    assert found[4].labels == {"source": "s", "language": "ru", "style": "style1"}
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    for number, text in enumerate(TEXTS[:5]):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8-sig" if number == 2 else "utf-8")
+    (tmp_path / "5.txt").write_bytes("не та кодировка".encode("cp1251"))
+    found = read(source_of(tmp_path / "*.txt"))
+    assert [document.text for document in found[:5]] == TEXTS[:5]
+    assert found[5] == BadDocument("invalid UTF-8", 1)
+
+
+BAD_LINES = [
+    (b'{"text": "half', "malformed JSON"),
+    (b"not json at all", "malformed JSON"),
+    (b"[" * 100_000, "malformed JSON"),
+    (b'{"n": ' + b"9" * 5000 + b', "text": "x"}', "malformed JSON"),
+    (b'{"text": "\xff\xfe\xd0"}', "invalid UTF-8"),
+    (b"", "empty line"),
+    (b"   \t", "empty line"),
+    (b'{"text": ""}', "empty text"),
+    (b'{"text": " \\n "}', "empty text"),
+    (b'{"body": "x"}', "no field 'text'"),
+    (b'{"text": null}', "no field 'text'"),
+    (b'{"text": 17}', "field 'text' is int, not a string"),
+    (b'{"text": ["a"]}', "field 'text' is list, not a string"),
+    (b'["text"]', "not a JSON object"),
+    (b'{"text": "a\\u0000b"}', "NUL character"),
+    (b"\0\0\0", "malformed JSON"),
+    (b'{"text": "\\ud83d alone"}', "lone surrogate"),
+    (b'{"text": "' + b"a" * 1001 + b'"}', "longer than 1000 characters"),
+    (b'{"text": "' + b"a" * 2_000_000 + b'"}', "longer than 1000 characters"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_costs_itself_only(line: bytes, reason: str, tmp_path: Path) -> None:
+    good = [json.dumps({"text": text}).encode() for text in ("до", "после")]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + good[0] + b"\r\n" + line + b"\n" + good[1])
+    before, bad, after = read(source_of(path), limit=1000)
+    assert (before.text, after.text) == ("до", "после")
+    assert bad == BadDocument(reason, 2)
+    assert after.line == 3
+
+
+def test_a_label_field_that_is_missing_is_said(tmp_path: Path) -> None:
+    records = [{"text": "a", "style": "x"}, {"text": "b"}, {"text": "c", "style": {"k": 1}}, {"text": "d", "style": 7}]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    found = read(source_of(path, label_fields={"style": "style"}))
+    assert [type(document) for document in found] == [Document, BadDocument, BadDocument, Document]
+    assert found[1].reason == "field 'style' for label 'style' is missing"
+    assert found[3].labels["style"] == "7"
+
+
+def test_a_huge_line_is_never_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(60):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n{"text": "small"}\n')
+    for stored in (path, tmp_path / "a.jsonl.zst"):
+        if stored is not path:
+            stored.write_bytes(zstandard.compress(path.read_bytes()))
+        tracemalloc.start()
+        found = read(source_of(stored), limit=1000)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert [type(document) for document in found] == [BadDocument, Document]
+        assert peak < 12_000_000
+
+
+@given(
+    lines=st.lists(st.sampled_from([0, 1, 3, 10, 40]), min_size=1, max_size=60),
+    shard_bytes=st.integers(1, 300),
+    ends=st.booleans(),
+)
+def test_shards_of_a_file_hold_each_line_once(lines: list[int], shard_bytes: int, ends: bool, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("shards") / "a.jsonl"
+    texts = [f"{number}" + "я" * length for number, length in enumerate(lines)]
+    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n" * ends)
+    source = source_of(path)
+    (file,) = find_files(source)
+    cuts = [*range(0, file.bytes, shard_bytes), file.bytes]
+    pieces = [Piece(file, start, stop) for start, stop in itertools.pairwise(cuts)]
+    parts = [list(read_piece(source, piece, 1000)) for piece in pieces]
+    assert [document.text for part in parts for document in part] == texts
+    for part in parts:
+        assert [document.line for document in part] == list(range(1, len(part) + 1))
+
+
+def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "SHARD_BYTES", 4000)
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text("a" * 900)
+    small = source_of(tmp_path / "*.txt")
+    assert [len(shard.pieces) for shard in make_shards(small, find_files(small))] == [4, 4, 2]
+    large = source_of(write_as("jsonl", tmp_path))
+    shards = make_shards(large, find_files(large))
+    assert len(shards) > 5
+    assert [document.text for document in read(large)] == TEXTS
+
+
+@pytest.mark.parametrize("suffix", ["zst", "gz"])
+def test_damaged_compression_is_refused_not_cut_short(suffix: str, tmp_path: Path) -> None:
+    path = write_as(f"jsonl.{suffix}", tmp_path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"cannot read .*a\.jsonl\.{suffix} after line \d+: .*mend or remove"):
+        read(source_of(path))
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    write_as("parquet", tmp_path)
+    (tmp_path / "a.bin").write_bytes(b"x")
+    (tmp_path / "b.parquet").write_bytes(b"not parquet")
+    cases = [
+        (source_of(tmp_path / "none.jsonl"), "cannot read .*none.jsonl: No such file"),
+        (source_of(tmp_path / "*.none"), r"no file matches .*\*\.none"),
+        (source_of(tmp_path), "is a directory; give a pattern"),
+        (source_of(tmp_path / "a.bin"), "cannot tell the format"),
+        (source_of(tmp_path / "a.parquet", text_field="body"), "no column 'body'; it has text, style"),
+        (source_of(tmp_path / "b.parquet"), "cannot read .*b.parquet"),
+    ]
+    for source, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            read(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_matched_twice_is_read_once(tmp_path: Path) -> None:
+    path = write_as("jsonl", tmp_path)
+    source = SourceConfig(name="s", paths=(str(path), str(tmp_path / "*.jsonl")))
+    assert len(find_files(source)) == 1
