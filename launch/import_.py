@@ -45,8 +45,9 @@ def import_model(src: str, dst: Path, revision: str | None = None) -> None:
         path = download(src, revision)
     elif revision is not None:
         raise UserError(f"--revision is for hub ids; {src} is on this machine")
+    import_ = import_gguf if path.is_file() and path.suffix not in (".safetensors", ".bin") else import_hf
     with tensor_progress(f"reading {src}") as report:
-        imported = (import_gguf if path.suffix == ".gguf" else import_hf)(path, report)
+        imported = import_(path, report)
     with new_directory(dst) as run:
         (run / "tokenizer").mkdir()
         for name, content in imported.tokenizer.items():

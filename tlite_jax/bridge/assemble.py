@@ -12,6 +12,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from tlite_jax.bridge.files import shown
 from tlite_jax.bridge.names import Slot, slots
 from tlite_jax.bridge.safetensors_io import OutgoingTensor, StoredTensor
 from tlite_jax.config import ModelConfig
@@ -59,7 +60,7 @@ def match_names(
 ) -> None:
     """Raises one UserError that names every missing, extra and misshapen tensor."""
     missing = [name for name in wanted if name not in stored]
-    extra = sorted(stored.keys() - wanted.keys() - set(harmless))
+    extra = [shown(name) for name in sorted(stored.keys() - wanted.keys() - set(harmless))]
     misshapen = [
         f"{name} is {list(stored[name].shape)} instead of {list(slot.shape)}"
         for name, slot in wanted.items()

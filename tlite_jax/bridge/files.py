@@ -38,7 +38,7 @@ def parse_json(content: bytes, origin: str) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             counts = collections.Counter(name for name, _ in pairs)
-            repeated = sorted(name for name, count in counts.items() if count > 1)
+            repeated = sorted(shown(name) for name, count in counts.items() if count > 1)
             raise UserError(f"{origin}: given twice: {', '.join(repeated)}")
         return values
 
@@ -51,6 +51,11 @@ def parse_json(content: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{origin}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def shown(name: str) -> str:
+    """A name from a file, fit for one line of an error."""
+    return name if name.isprintable() and len(name) <= 200 else repr(name[:200])
 
 
 def contained(directory: Path, name: str, origin: str) -> Path:

@@ -65,6 +65,8 @@ def import_gguf(source: Path, report: Report = no_report) -> Imported:
       UserError: another architecture or tokenizer, by name; missing, extra or misshapen tensors; a damaged file.
     """
     metadata, stored = gguf_file.read(source)
+    if metadata.get("split.count", 1) != 1:
+        raise UserError(f"{source}: one of several parts; join them first with llama-gguf-split --merge")
     model = model_config_from_gguf(metadata, stored, str(source))
     tokenizer = tokenizer_from_gguf(metadata, str(source))
     check_vocabulary(tokenizer, model, str(source))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tlite_jax.bridge.files import contained, parse_json, read_json
+from tlite_jax.bridge.files import contained, parse_json, read_json, shown
 from tlite_jax.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def read_index(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> 
     for shard, path in shards.items():
         stored = read(path)
         if wrong := sorted(claims[shard] ^ stored.keys()):
-            raise UserError(f"{index}: disagrees with {shard} about {', '.join(wrong)}; fetch both again")
+            raise UserError(f"{index}: disagrees with {shard} about {', '.join(map(shown, wrong))}; fetch both again")
         tensors |= stored
     return tensors
 

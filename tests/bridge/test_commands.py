@@ -1,0 +1,137 @@
+"""`import` and `export`: a model goes through a checkpoint unchanged; what cannot be done is said and harms nothing."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import launch.export
+import launch.import_
+from launch.export import export_model
+from launch.import_ import import_model
+from tests.bridge.gguf_writing import Kind, write_gguf
+from tests.bridge.tiny import TEXTS, tiny_model, train_tokenizer
+from tlite_jax import checkpoint
+from tlite_jax.errors import UserError
+
+SaveTiny = Callable[..., tuple[Path, LlamaForCausalLM]]
+
+
+def run(command: Callable[..., None], *words: str | Path) -> str:
+    """Runs one command as the command line does; returns what it printed."""
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_a_model_goes_through_a_checkpoint_unchanged(save_tiny: SaveTiny, tmp_path: Path) -> None:
+    source, _ = save_tiny("scaled_bias", torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"] = tensors["model.layers.1.input_layernorm.weight"].float()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    said = run(launch.import_.main, source, tmp_path / "run")
+    assert "reading" in said
+    assert "note: weights are bfloat16, 1 tensors are not" in said
+    found = checkpoint.find(tmp_path / "run")
+    assert (found.step, found.meta.weights_dtype, found.meta.origin) == (0, "bfloat16", str(source))
+    said = run(launch.export.main, tmp_path / "run", tmp_path / "back", "--max-shard-size", "100KB")
+    assert "writing" in said
+    shards = list((tmp_path / "back").glob("*.safetensors"))
+    assert len(shards) > 1
+    back = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    ours, theirs = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "run" / "tokenizer", source))
+    assert all(ours(text) == theirs(text) for text in TEXTS)
+    run(launch.export.main, tmp_path / "run" / "checkpoints" / "0", tmp_path / "half", "--dtype", "float16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_a_gguf_file_is_known_by_its_content(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    write_gguf(tmp_path / "model.Q8_0", tiny_model("plain"), Kind.Q8_0, tokenizer)
+    import_model(str(tmp_path / "model.Q8_0"), tmp_path / "run")
+    assert checkpoint.find(tmp_path / "run").meta.weights_dtype == "bfloat16"
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")("да")["input_ids"] == tokenizer.encode("да").ids
+    )
+
+
+def test_import_refuses_and_leaves_nothing(save_tiny: SaveTiny, tmp_path: Path) -> None:
+    source, _ = save_tiny("plain")
+    with pytest.raises(UserError, match="no such file or directory, and not a hub id"):
+        import_model(str(tmp_path / "absent"), tmp_path / "run")
+    with pytest.raises(UserError, match="--revision is for hub ids"):
+        import_model(str(source), tmp_path / "run", revision="main")
+    with pytest.raises(UserError, match="not a GGUF file"):
+        import_model(str(source / "config.json"), tmp_path / "run")
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated"):
+        import_model(str(source), tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain-source"]
+    with pytest.raises(UserError, match="is not empty"):
+        import_model(str(source), source)
+
+
+def test_an_interrupted_import_leaves_nothing(
+    save_tiny: SaveTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = save_tiny("plain")
+
+    def interrupted(run: Path, *args: object, **kwargs: object) -> None:
+        (run / "checkpoints" / "0").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        import_model(str(source), tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain-source"]
+
+
+def test_export_refuses_and_leaves_nothing(save_tiny: SaveTiny, tmp_path: Path) -> None:
+    source, _ = save_tiny("plain")
+    import_model(str(source), tmp_path / "run")
+    back = tmp_path / "back"
+    for words, message in {
+        ("--format", "gguf"): "--format gguf is not available yet; use --format hf",
+        ("--format", "onnx"): "--format onnx is not known",
+        ("--dtype", "int8"): "--dtype int8 is not known; choose from bfloat16, float16, float32",
+        ("--step", "3"): "has no checkpoint of step 3",
+        ("--max-shard-size", "big"): "'big' is not a size",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run(launch.export.main, tmp_path / "run", back, *words)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        export_model(source, back)
+    with pytest.raises(UserError, match="is not empty"):
+        export_model(tmp_path / "run", source)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        export_model(tmp_path / "run", tmp_path / "file" / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "plain-source", "run"]
+
+
+def test_help_shows_an_example_and_no_format_that_is_absent() -> None:
+    for command in (launch.import_.main, launch.export.main):
+        assert "Example: python -m launch" in run(command, "--help")
+    assert "gguf" not in run(launch.export.main, "--help")
+
+
+def test_commands_are_light_until_they_run() -> None:
+    heavy = {"jax", "torch", "transformers", "numpy"}
+    code = f"import sys, launch.import_, launch.export; print(sorted({heavy} & {{*sys.modules}}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
