@@ -12,7 +12,7 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.bridge.gguf_writing import tokenizer_metadata
@@ -67,9 +67,8 @@ def reference_ids(text: str, metadata: dict[str, Any]) -> list[int]:
 
 @functools.cache
 def metadata_of(pre: str) -> dict[str, Any]:
-    """GGUF metadata of a tokenizer trained with that pre-tokenizer's pieces, and one token no merge leads to."""
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in REGEXES[pre]]
-    trained = train_tokenizer(pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)]))
+    """GGUF metadata whose merges run across words, digits and signs, so that every split shows, and an orphan token."""
+    trained = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     metadata = tokenizer_metadata(trained, pre)
     orphan = "".join(BYTES[byte] for byte in " подъезда".encode())
     assert orphan not in metadata["tokenizer.ggml.tokens"]
@@ -105,10 +104,14 @@ def test_ids_equal_the_reference_on_any_text(pre: str, text: str) -> None:
 
 
 def test_the_pre_tokenizers_differ_where_they_should() -> None:
-    ids = {pre: metadata_of(pre)["tokenizer.ggml.tokens"] for pre in REGEXES}
-    tokens = {pre: [ids[pre][index] for index in built(pre).encode(" 1917 подъезда").ids] for pre in REGEXES}
-    assert tokens["smollm"][:5] == ["Ġ", "1", "9", "1", "7"]
-    assert tokens["gpt-2"][0].startswith("Ġ1")
+    tokens = {
+        pre: [metadata_of(pre)["tokenizer.ggml.tokens"][index] for index in built(pre).encode(" 12345 подъезда").ids]
+        for pre in REGEXES
+    }
+    assert tokens["smollm"][:6] == ["Ġ", "1", "2", "3", "4", "5"]
+    assert tokens["gpt-2"][0] == "Ġ12345"
+    assert tokens["llama-bpe"][0] == "Ġ"
+    assert "".join(tokens["llama-bpe"][1:3]) == "123"  # no token reaches from the third digit to the fourth
     assert len(tokens["llama-bpe"][-1]) > 12  # a whole piece that no merge leads to
     assert len(tokens["gpt-2"][-1]) < 12
 
@@ -132,11 +135,18 @@ def test_bos_is_added_when_the_file_says_so_and_for_llama3_when_it_says_nothing(
 def test_control_tokens_are_special_and_user_defined_ones_are_not() -> None:
     trained = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
     trained.add_tokens([AddedToken("<tool> call", normalized=False)])
+    trained.add_special_tokens([AddedToken("<|turn|>", normalized=False)])
     metadata = tokenizer_metadata(trained, "gpt-2")
     tokenizer = Tokenizer.from_buffer(tokenizer_from_gguf(metadata, "x.gguf")["tokenizer.json"])
-    text = "да<tool> call<|end|>"
+    text = "да<tool> call<|turn|><|end|>"
     assert tokenizer.encode(text).ids == trained.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text).ids) == "да<tool> call"
+
+
+@pytest.mark.parametrize("pre", REGEXES)
+def test_offsets_cover_the_text(pre: str) -> None:
+    text = "The quick brown fox doesn't jump"
+    assert "".join(text[begin:end] for begin, end in built(pre).encode(text, add_special_tokens=False).offsets) == text
 
 
 def test_settings_and_generation_ids() -> None:

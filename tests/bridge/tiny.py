@@ -14,6 +14,7 @@ TEXTS = (
     "The quick brown fox doesn't jump; it's we'll see 3.14159 and 2,718 'quoted' WORDS.",
     "def main(argv: list[str]) -> int:\n    if not argv:\n\t\treturn 0x1F  # комментарий\n    x += 10 ** 6\n\n\n",
     "Emoji: 😀👍🏽🇷🇺 ❤️ family 👩‍👩‍👧‍👦; naïve café Ångström ½ ² ١٢٣ 日本語 한국어   trailing   ",
+    " 12345 12345 67890 123 123 45 45 1 2 3.5\n\n\n",
     "  \n \t leading; <|end|> in the middle <|start|>",
 )
 SPECIAL = ("<|end|>", "<|start|>", "<|pad|>")

@@ -164,7 +164,7 @@ def _byte_level_bpe(
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=pre == "llama-bpe")
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     if bos is not None:
         template = processors.TemplateProcessing(
             single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
