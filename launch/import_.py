@@ -45,6 +45,8 @@ def import_model(src: str, dst: Path, revision: str | None = None) -> None:
         path = download(src, revision)
     elif revision is not None:
         raise UserError(f"--revision is for hub ids; {src} is on this machine")
+    if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+        raise UserError(f"{src} holds GGUF files; give one of them: {', '.join(map(str, files))}")
     import_ = import_gguf if path.is_file() and path.suffix not in (".safetensors", ".bin") else import_hf
     with tensor_progress(f"reading {src}") as report:
         imported = import_(path, report)
