@@ -113,10 +113,9 @@ def _forward(
     T = tokens_BT.shape[1]
     size = cache[0].shape[2]
     rows, columns = position + jnp.arange(T), jnp.arange(size)
-    seen = (columns[None, None] <= rows[None, :, None]) & (columns[None, None] >= padding_B[:, None, None])
+    mask_BTS = (columns[None, None] <= rows[None, :, None]) & (columns[None, None] >= padding_B[:, None, None])
     # A padding query sees nothing; letting it see itself keeps its softmax finite. No later token looks at it.
-    seen |= columns[None, None] == rows[None, :, None]
-    mask = seen[:, None, None]
+    mask_BTS |= columns[None, None] == rows[None, :, None]
     rope = network.rope(jnp.maximum(rows[None] - padding_B[:, None], 0))
 
     def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -124,7 +123,7 @@ def _forward(
         q_BTNH, k_BTKH, v_BTKH = block.project(x_BTD, rope)
         keys_BSKH = jax.lax.dynamic_update_slice_in_dim(keys_BSKH, k_BTKH, position, axis=1)
         values_BSKH = jax.lax.dynamic_update_slice_in_dim(values_BSKH, v_BTKH, position, axis=1)
-        attended_BTNH = masked_attention(q_BTNH, keys_BSKH, values_BSKH, mask)
+        attended_BTNH = masked_attention(q_BTNH, keys_BSKH, values_BSKH, mask_BTS)
         return block.finish(x_BTD, attended_BTNH), (keys_BSKH, values_BSKH)
 
     x_BTD, cache = jax.lax.scan(body, network.embedding[...][tokens_BT], (network.blocks, *cache))
