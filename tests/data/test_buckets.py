@@ -176,8 +176,8 @@ def test_a_run_that_cannot_read_them_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_bucket_has_no_name(tmp_path: Path) -> None:
-    writer = BucketWriter(tmp_path, "b", sequence_length=8, pad_id=PAD)
-    writer.append(np.arange(100, dtype=np.uint32), np.array([100]), 5)
+    with BucketWriter(tmp_path, "b", sequence_length=8, pad_id=PAD) as writer:
+        writer.append(np.arange(100, dtype=np.uint32), np.array([100]), 5)
     assert not (tmp_path / "b").exists()
     write_bucket(tmp_path, "b", [3], sequence_length=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]

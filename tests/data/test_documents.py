@@ -144,6 +144,16 @@ def test_shards_of_a_file_hold_each_line_once(lines: list[int], shard_bytes: int
         assert [document.line for document in part] == list(range(1, len(part) + 1))
 
 
+def test_a_cut_at_any_byte_loses_no_line(tmp_path: Path) -> None:
+    texts = ["а", "", "ббб", "в" * 20, "г"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    source = source_of(path)
+    (file,) = find_files(source)
+    for cut in range(1, file.bytes):
+        parts = [list(read_piece(source, piece, 1000)) for piece in (Piece(file, 0, cut), Piece(file, cut, file.bytes))]
+        assert [getattr(document, "text", "") for part in parts for document in part] == texts
+
+
 def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "SHARD_BYTES", 4000)
     for number in range(10):

@@ -106,6 +106,12 @@ def test_target_shares_within_a_fifth_of_a_point() -> None:
             assert abs(sum(bucket.quota for bucket in planned) / rows - (group.share or 0)) <= 0.002
 
 
+def test_shares_are_parts_of_their_sum() -> None:
+    buckets = [BucketInfo(name, {"name": name}, 1000) for name in "abc"]
+    groups = [MixtureGroup(select={"name": name}, share=0.3333334) for name in "abc"]
+    assert list(quotas(plan_of(*groups, rows=30_000_000, buckets=buckets)).values()) == [10_000_000] * 3
+
+
 def test_unused_buckets_are_said_and_zero_quotas_dropped() -> None:
     plan = plan_of(
         MixtureGroup(select={"language": "ru"}, epochs=0.5), MixtureGroup(select={"language": "en"}, epochs=0)

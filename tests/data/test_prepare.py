@@ -228,6 +228,31 @@ def test_near_duplicates_go_and_are_listed(run_config: Build, tokenizer_dir: Pat
     assert all(line["kind"] == "near" and line["similarity"] >= 0.7 for line in lines)
 
 
+def test_a_source_of_duplicates_only_is_said(run_config: Build, tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in RU])
+    copy = write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in RU[:9]])
+    config = run_config([{"name": "a", "paths": [str(path)]}, {"name": "b", "paths": [str(copy)]}])
+    first, second = prepare(config, tokenizer_dir).buckets
+    assert (first.name, first.exact_duplicates) == ("a", 0)
+    assert (second.name, second.exact_duplicates, second.documents, second.rows) == ("b", 9, 0, 0)
+    assert [info.name for info in BucketStore.open(config.data.buckets).infos()] == ["a"]
+
+
+def test_special_tokens_are_read_where_a_source_says_so(run_config: Build, tokenizer_dir: Path, tmp_path: Path) -> None:
+    sources = []
+    for name, parse in (("plain", False), ("chat", True)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} <|turn|> {text}"} for text in RU[:20]])
+        sources.append({"name": name, "paths": [str(path)], "parse_special_tokens": parse})
+    config = run_config(sources)
+    prepare(config, tokenizer_dir)
+    buckets = BucketStore.open(config.data.buckets).buckets
+    turns = {
+        name: sum((bucket.read_row(row) == 2).sum() for row in range(bucket.manifest["rows"]))
+        for name, bucket in buckets.items()
+    }
+    assert turns == {"plain": 0, "chat": buckets["chat"].manifest["documents"]}
+
+
 def test_what_cannot_be_prepared_is_refused(
     sources: list[dict], run_config: Build, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,15 +29,16 @@ class Assembler:
     def write(self, number: int, name: str, training: Ints, held_out: Ints) -> str:
         """Writes bucket `number` of the corpus from document numbers; returns its manifest's digest."""
         key = self._corpus.keys[number]
-        writer = BucketWriter(self._directory, name, sequence_length=self._sequence_length, pad_id=self._pad_id)
         sizes = self._corpus.table["bytes"]
-        for documents in self._batches(training):
-            pieces = [self._tokens(document) for document in documents]
-            lengths = np.array([piece.size for piece in pieces], np.int64)
-            writer.append(np.concatenate(pieces), lengths, int(sizes[documents].sum()))
-        for document in held_out:
-            writer.append_held_out(self._tokens(document), int(sizes[document]))
-        return writer.close(dict(key.labels), never_trained=key.never_trained)
+        length, pad_id = self._sequence_length, self._pad_id
+        with BucketWriter(self._directory, name, sequence_length=length, pad_id=pad_id) as writer:
+            for documents in self._batches(training):
+                pieces = [self._tokens(document) for document in documents]
+                lengths = np.array([piece.size for piece in pieces], np.int64)
+                writer.append(np.concatenate(pieces), lengths, int(sizes[documents].sum()))
+            for document in held_out:
+                writer.append_held_out(self._tokens(document), int(sizes[document]))
+            return writer.close(dict(key.labels), never_trained=key.never_trained)
 
     def _batches(self, documents: Ints) -> Iterator[Ints]:
         """Cuts a list of documents so that each part has about _BATCH_TOKENS tokens."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import google_crc32c
 import numpy as np
@@ -56,7 +56,7 @@ class HeldOutBucket:
 
 
 class BucketWriter:
-    """Writes one bucket under a temporary name; `close` makes it whole and gives it its own."""
+    """Writes one bucket under a temporary name; `close` makes it whole and gives it its own. A context manager."""
 
     def __init__(self, parent: Path, name: str, *, sequence_length: int, pad_id: int) -> None:
         self._final, self._directory = parent / name, parent / f".{name}.partial"
@@ -68,6 +68,15 @@ class BucketWriter:
         self._pending_tokens = self._tokens = self._rows = self._documents = 0
         self._text_bytes = self._held_out_documents = self._held_out_tokens = self._held_out_bytes = 0
         self._max_token_id = -1
+
+    def __enter__(self) -> Self:
+        """Left before `close`, the bucket is abandoned."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.abandon()
 
     def append(self, tokens: Tokens, lengths: Ints, num_bytes: int) -> None:
         """Adds documents to train on.

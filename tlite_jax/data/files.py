@@ -3,8 +3,7 @@
 import json
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -34,12 +33,8 @@ class ChecksummedFile:
         self._file.close()
         return {"bytes": self._bytes, "crc32c": self._crc}
 
-    def __enter__(self) -> Self:
-        """Closes the file at the end of the block."""
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes without fsync when something failed: the file is abandoned."""
+    def abandon(self) -> None:
+        """Closes the file without making it durable; harmless after `close`."""
         self._file.close()
 
 

@@ -296,7 +296,7 @@ def _write_buckets(
     stays: npt.NDArray[np.bool_],
     progress: Progress,
 ) -> dict[str, str]:
-    """Splits and writes every bucket that has documents; returns their manifests' digests."""
+    """Splits and writes every bucket, those too whose documents were all duplicates; returns manifests' digests."""
     assembler = Assembler(corpus, data.buckets, sequence_length=data.sequence_length, pad_id=pad_id)
     digests = {}
     for number, members in enumerate(by_bucket(corpus.bucket, len(names))):
@@ -305,8 +305,7 @@ def _write_buckets(
             aside = np.ones(len(documents), bool)
         else:
             aside = held_out(corpus.table["hash"][documents], todo.held_out)
-        if documents.size:
-            digests[names[number]] = assembler.write(number, names[number], documents[~aside], documents[aside])
+        digests[names[number]] = assembler.write(number, names[number], documents[~aside], documents[aside])
         progress("writing buckets", number + 1, len(names))
     return digests
 

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -101,15 +101,15 @@ def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: Encoder) -> P
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    writer = _ShardWriter(partial, settings, encoder)
-    lines = []
-    for number, piece in enumerate(shard.pieces):
-        last = 0
-        for document in read_piece(shard.source, piece, settings.max_document_characters):
-            last = document.line
-            writer.add(number, document)
-        lines.append(last)
-    writer.close(lines)
+    with _ShardWriter(partial, settings, encoder) as writer:
+        lines = []
+        for number, piece in enumerate(shard.pieces):
+            last = 0
+            for document in read_piece(shard.source, piece, settings.max_document_characters):
+                last = document.line
+                writer.add(number, document)
+            lines.append(last)
+        writer.close(lines)
     partial.rename(final)
     return final
 
@@ -123,6 +123,13 @@ class _ShardWriter:
         self._batch: list[tuple[int, Document]] = []
         self._characters = 0
         self._labels: dict[tuple[tuple[str, str], ...], int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.abandon()
 
     def add(self, piece: int, document: Document | BadDocument) -> None:
         if isinstance(document, BadDocument):
