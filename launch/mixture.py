@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from tlite_jax.config import RunConfig
     from tlite_jax.data.mixture import Plan, Usage
 
+# Tables are cut to a terminal's width; where there is none, nothing is cut.
+WIDTH_OF_A_FILE = 160
+
 
 def main(
     config: Annotated[Path, typer.Argument(help="A run's YAML; its buckets are prepared.")],
@@ -50,14 +53,15 @@ def _values(run: "RunConfig", plan: "Plan", usages: "Sequence[Usage]") -> dict[s
 
 
 def _print(run: "RunConfig", plan: "Plan", usages: "Sequence[Usage]") -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("bucket", "labels", "group"):
-        table.add_column(name)
-    for name in ("rows", "consumed rows", "tokens", "epochs", "repeats", "share"):
-        table.add_column(name, justify="right")
+        table.add_column(name, overflow="fold")
+    for name in ("rows", "used", "tokens", "epochs", "repeats", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
     for u in usages:
         labels = ", ".join(f"{label}: {value}" for label, value in u.labels.items())
         group = "unused" if u.group is None else str(u.group + 1)
@@ -67,6 +71,8 @@ def _print(run: "RunConfig", plan: "Plan", usages: "Sequence[Usage]") -> None:
     tokens = plan.total_rows * plan.sequence_length
     table.add_row("total", "", "", f"{sum(u.rows for u in usages):,}", f"{plan.total_rows:,}", f"{tokens:,}")
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
     console.print(table)
     batches = plan.total_rows // run.train.batch_size
     console.print(f"{batches:,} batches of {run.train.batch_size}; plan {plan.hash}", highlight=False)

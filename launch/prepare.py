@@ -69,18 +69,24 @@ def resolve_model(run: "RunConfig") -> "RunConfig":
 
 
 def _print(report: "PrepareReport") -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    from launch.mixture import WIDTH_OF_A_FILE
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ("bucket", "documents", "tokens", "rows", "padding", "held out", "exact dup.", "near dup.")
     for name in columns:
-        table.add_column(name, justify="left" if name == "bucket" else "right")
+        is_name = name == "bucket"
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for b in report.buckets:
         counts = (b.documents, b.tokens, b.rows, b.padding_tokens, b.held_out_documents)
         name = f"{b.name} (never trained)" if b.never_trained else b.name
         table.add_row(name, *(f"{count:,}" for count in (*counts, b.exact_duplicates, b.near_duplicates)))
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
     console.print(table)
     for source, reasons in report.quarantined.items():
         for reason, count in sorted(reasons.items()):

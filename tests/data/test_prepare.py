@@ -87,8 +87,9 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 
 def test_workers_and_shards_that_were_done_change_no_byte(
-    sources: list[dict], run_config: Build, tokenizer_dir: Path, tmp_path: Path
+    sources: list[dict], run_config: Build, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prepare_module, "SMALL_BYTES", 0)
     near = {"near_duplicates": {"threshold": 0.8}}
     results = []
     for workers in (1, 3):

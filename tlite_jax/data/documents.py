@@ -69,6 +69,11 @@ class Piece:
     start: int = 0
     stop: int | None = None
 
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk."""
+        return (self.file.bytes if self.stop is None else self.stop) - self.start
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -108,12 +113,11 @@ def make_shards(source: SourceConfig, files: Sequence[InputFile]) -> list[Shard]
             pieces.append(Piece(file))
     shards, group, size = [], list[Piece](), 0
     for piece in pieces:
-        piece_bytes = (piece.file.bytes if piece.stop is None else piece.stop) - piece.start
-        if group and size + piece_bytes > SHARD_BYTES:
+        if group and size + piece.bytes > SHARD_BYTES:
             shards.append(Shard(source, tuple(group)))
             group, size = [], 0
         group.append(piece)
-        size += piece_bytes
+        size += piece.bytes
     return [*shards, Shard(source, tuple(group))] if group else shards
 
 

@@ -37,6 +37,8 @@ Progress = Callable[[str, int, int], None]
 Ints = npt.NDArray[np.int64]
 
 QUARANTINE, DUPLICATES = "quarantine.jsonl", "duplicates.jsonl"
+# Less input than this is tokenised sooner than worker processes start.
+SMALL_BYTES = 4 << 20
 _SHARDS, _LOCK = ".shards", ".lock"
 
 
@@ -174,7 +176,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for name in sorted({*old["files"], *new["files"]}):
         if old["files"].get(name) != new["files"].get(name):
             lines.append(f"the files of source {name}")
-    return lines
+    return lines if len(lines) <= 6 else [*lines[:5], f"and {len(lines) - 5} more"]
 
 
 @contextmanager
@@ -209,7 +211,8 @@ def _clear(directory: Path) -> None:
 def _tokenize(shards: Sequence[Shard], settings: ShardSettings, num_workers: int, progress: Progress) -> list[Path]:
     total, done = len(shards), 0
     progress("tokenising", 0, total)
-    if num_workers == 1 or total == 1:
+    size = sum(piece.bytes for shard in shards for piece in shard.pieces)
+    if num_workers == 1 or total == 1 or size < SMALL_BYTES:
         encoders: dict[bool, Encoder] = {}
         result = []
         for shard in shards:
