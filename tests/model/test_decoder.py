@@ -88,7 +88,7 @@ def test_a_document_sees_itself_alone():
 
 
 def test_remat_policies_and_chunked_attention_give_equal_gradients(monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 16)
+    monkeypatch.setattr(attention, "LARGEST_CHUNK", 16)
     config = CONFIGS["everything"]
     params = params_from_hf(hf_model(config), config)
     batch = random_batch(config, rows=3, length=24, documents=True)
