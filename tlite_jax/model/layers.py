@@ -13,7 +13,7 @@ from tlite_jax.config import Llama3RopeScaling
 
 
 def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
-    """X @ weight^T (+ bias), with the weight in Hugging Face's layout.
+    """x @ weight^T (+ bias), with the weight in Hugging Face's layout.
 
     Args:
       x: [..., I].
@@ -23,8 +23,29 @@ def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) 
     Returns:
       [..., O] in x's dtype; products are accumulated in float32.
     """
-    y = jnp.einsum("...i,oi->...o", x, weight_OI)
+    y = _product(x, weight_OI)
     return y if bias_O is None else y + bias_O
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight_OI)
+
+
+def _product_forward(x: jax.Array, weight_OI: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, weight_OI), (x, weight_OI)
+
+
+def _product_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight_OI = residuals
+    # Both products read dy. Without the barrier a CPU program computes it once for each, the second time transposed
+    # in an elementwise loop: 1.5x the time of a SwiGLU's backward pass.
+    dy = jax.lax.optimization_barrier(dy)
+    dx = jnp.einsum("...o,oi->...i", dy, weight_OI)
+    return dx, jnp.einsum("mo,mi->oi", dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
