@@ -3,7 +3,8 @@
 The same work as ours: float32, forward with loss, backward, clipping by the global norm, decoupled AdamW. Settings
 that were tried, in CPU seconds at the widths of SmolLM2-135M, 2 x 512 tokens, one thread: fused AdamW 0.17, foreach
 0.74, a loop 0.62; a step of four layers with `sdpa` attention 2.5, with `eager` 2.7; a step of all layers 8.4, and 8.1
-after `keep_freed_memory`. Losses agree with ours to 5e-7 over steps, on tied and untied models, with biases and scaling.
+after `keep_freed_memory`. Losses agree with ours to 5e-7 over steps, on tied and untied models, with biases
+and scaling.
 """
 
 import ctypes
@@ -114,15 +115,9 @@ def _llama_config(model: ModelConfig) -> LlamaConfig:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **model.rope_scaling.model_dump()}
+    settings: dict[str, Any] = {"attn_implementation": "sdpa", "dtype": "float32", "use_cache": False}
     fields = model.model_dump(exclude={"rope_theta", "rope_scaling"})
-    return LlamaConfig(
-        **fields,
-        rope_parameters=rope,
-        attn_implementation="sdpa",
-        dtype="float32",
-        use_cache=False,
-        attention_dropout=0.0,
-    )
+    return LlamaConfig(**fields, **settings, rope_parameters=rope)
 
 
 def _state_dict(model: ModelConfig, params: Params) -> dict[str, torch.Tensor]:
