@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from tlite_jax import optimizer
-from tlite_jax.checkpoint import Saver, saver, steps_on_disk
+from tlite_jax.checkpoint import Saver, saver
 from tlite_jax.data.loader import batches
 from tlite_jax.errors import UserError
 from tlite_jax.sharding import BATCH_SPEC
@@ -86,6 +86,7 @@ def _loop(
 ) -> Result:
     config = run.config
     step = run.start_step
+    saved = run.start_step if run.resumed else None
 
     def run_evaluation() -> None:
         if evaluate is not None:
@@ -102,10 +103,11 @@ def _loop(
         checkpoints.check()
         if step % config.checkpoint.every == 0 and step < run.total_steps:
             checkpoints.save(state, run.meta(step))
+            saved = step
         if config.evaluation.every and step % config.evaluation.every == 0 and step < run.total_steps:
             run_evaluation()
     log.flush()
-    if step not in steps_on_disk(run.directory):
+    if step != saved:  # the disk would not tell: that save may be under way
         checkpoints.save(state, run.meta(step))
     if step == run.total_steps and step > run.start_step:
         run_evaluation()
