@@ -92,7 +92,8 @@ def _loop(
         if evaluate is not None:
             log.flush()
             log.write(step, evaluate(state))
-            log.restart(step)
+            if step > run.start_step:  # else the next step compiles, which is no throughput
+                log.restart(step)
 
     if step == 0:
         run_evaluation()
