@@ -37,9 +37,11 @@ def main(
 
     initialize(coordinator, num_processes, process_id)
     from tlite_jax.config_files import load_config
+    from tlite_jax.sharding import make_mesh
     from tlite_jax.train.run import open_run
 
-    result = train_run(open_run(load_config(config, overrides or ()), allow_change=allow_change))
+    loaded = load_config(config, overrides or ())
+    result = train_run(open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change))
     if result.signal is not None:
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
 

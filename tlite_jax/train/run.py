@@ -22,6 +22,7 @@ from tlite_jax.data.order import Plan, Segment
 from tlite_jax.data.tokenize import check_vocabulary, load_tokenizer
 from tlite_jax.errors import UserError
 from tlite_jax.train.state import TrainState, init_state, start_state
+from tlite_jax.train.step import check_batch
 
 CONFIG_FILE = "config.yaml"
 
@@ -88,17 +89,20 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Checkpoint | None]:
     return config.model_copy(update={"model": base.meta.model, "init_from": pinned, "data": data}), base
 
 
-def open_run(config: RunConfig, *, allow_change: bool = False) -> Run:
+def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool = False) -> Run:
     """Checks a run's inputs, claims its directory and finds out where it goes on. Only process 0 writes.
 
     Args:
       config: as given by the user.
+      mesh: where it will run, so that a batch that does not divide over it is refused before anything is written.
       allow_change: accept a semantic config or a data plan that differs from the one the run has used so far; the
         change is recorded as a new segment.
 
     Raises:
       UserError: anything that would make the run fail later or harm another one.
     """
+    if mesh is not None:
+        check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
     config, base = resolve(config)
     directory = config.output
     resumed = checkpoints.find(directory) if checkpoints.steps_on_disk(directory) else None
