@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tlite_jax import checkpoint as checkpoints
@@ -122,6 +123,8 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
             f"train.steps {total_steps} needs {needed} more rows, the mixture has {available} left; "
             "enlarge data.mixture or lower train.steps"
         )
+    if jax.process_count() > 1:  # no process may find the directory half claimed
+        multihost_utils.sync_global_devices("run checked")
     if jax.process_index() == 0:
         _claim(config, directory, plan)
     carried = base is not None and config.init_from is not None and config.init_from.schedule == "carry"
