@@ -111,6 +111,11 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
         raise UserError(f"{directory} holds an imported model, not a run; choose another output")
     store, plan = _plan(config)
     total_steps = config.train.steps or plan.total_rows // config.train.batch_size
+    if not total_steps:
+        raise UserError(
+            f"the mixture has {plan.total_rows} rows, less than a batch of {config.train.batch_size}; "
+            "enlarge data.mixture or lower train.batch_size"
+        )
     config = _with_cosine_length(config, total_steps)
     _check_directory(config, directory, allow_change)
     segments = _segments(resumed, plan, allow_change)
