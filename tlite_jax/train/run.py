@@ -78,7 +78,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Checkpoint | None]:
     """
     if config.init_from is None:
         return config, None
-    base = checkpoints.find(config.init_from.path, config.init_from.step)
+    base = checkpoints.find(config.init_from.path, _pinned_step(config))
     if config.model is not None and config.model != base.meta.model:
         changed = differences(base.meta.model.model_dump(mode="json"), config.model.model_dump(mode="json"), "model.")
         raise UserError(f"model is not that of init_from ({base.path}): {'; '.join(changed)}; leave model out")
@@ -88,6 +88,17 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Checkpoint | None]:
     pinned = config.init_from.model_copy(update={"step": base.step})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or base.tokenizer_dir})
     return config.model_copy(update={"model": base.meta.model, "init_from": pinned, "data": data}), base
+
+
+def _pinned_step(config: RunConfig) -> int | None:
+    """The step of init_from: as given, else the one that the run has started from, else None for the newest."""
+    assert config.init_from is not None
+    saved = config.output / CONFIG_FILE
+    if config.init_from.step is None and saved.exists():
+        started = load_config(saved).init_from
+        if started is not None and started.path == config.init_from.path:
+            return started.step
+    return config.init_from.step
 
 
 def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool = False) -> Run:
