@@ -214,9 +214,15 @@ def _check_directory(config: RunConfig, directory: Path, allow_change: bool) -> 
                 f"{directory} holds another run; changed: {'; '.join(changed)}. "
                 "Choose another output, or pass --allow-change to go on with the change from here"
             )
-    elif directory.is_dir() and any(directory.iterdir()):
+    elif directory.is_dir() and any(directory.iterdir()) and not _half_claimed(directory):
         raise UserError(f"output {directory} is not empty and holds no run; choose another directory")
     check_writable(directory)
+
+
+def _half_claimed(directory: Path) -> bool:
+    """Whether all there is comes from a `_claim` that was interrupted."""
+    names = {entry.name for entry in directory.iterdir()}
+    return "plans" in names and names <= {"plans", "tokenizer", "tokenizer.partial", f"{CONFIG_FILE}.partial"}
 
 
 def check_writable(directory: Path) -> None:
@@ -236,7 +242,8 @@ def _claim(config: RunConfig, directory: Path, plan: Plan) -> None:
     (directory / "plans").mkdir(parents=True, exist_ok=True)
     (directory / "plans" / f"{plan.hash}.json").write_text(plan.to_json(), encoding="utf-8")
     assert config.data.tokenizer is not None
-    if not (directory / "tokenizer").exists():
+    if not (directory / CONFIG_FILE).exists():
+        shutil.rmtree(directory / "tokenizer", ignore_errors=True)  # of an interrupted start
         copy = directory / "tokenizer.partial"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(config.data.tokenizer, copy)
