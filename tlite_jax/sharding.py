@@ -128,18 +128,18 @@ def _collect(shard: jax.Array, size: int, num_shards: int, compute_dtype: str, r
         return checkpoint_name(shard.astype(compute_dtype), "gathered_weights")
     padding = shard.shape[0] * num_shards - size
 
-    @jax.custom_vjp
-    def collect(shard: jax.Array) -> jax.Array:
-        whole = jax.lax.all_gather(shard.astype(compute_dtype), FSDP, axis=0, tiled=True)
-        return whole[:size]
+    def whole(shard: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(shard.astype(compute_dtype), FSDP, axis=0, tiled=True)[:size]
 
     def forward(shard: jax.Array) -> tuple[jax.Array, None]:
-        return collect(shard), None
+        # Not a call of collect: that would hide the gather from rematerialisation policies.
+        return whole(shard), None
 
     def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
         gradient = jnp.pad(gradient.astype(reduce_dtype), [(0, padding)] + [(0, 0)] * (gradient.ndim - 1))
         summed = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=0, tiled=True)
         return (summed.astype(jnp.float32),)
 
+    collect = jax.custom_vjp(whole)
     collect.defvjp(forward, backward)
     return checkpoint_name(collect(shard), "gathered_weights")

@@ -27,13 +27,21 @@ Gather = Callable[[PartT], PartT]  # on an nnx.Param or a Block
 GATHERED = "gathered_weights"  # checkpoint_name of what `gather` collects: never kept for the backward pass
 ATTENDED = "attended"  # checkpoint_name of attention's output
 
+# What `gather` is made of. Not to keep the named value is not enough: its input would be kept instead.
+_GATHERING = ("convert_element_type", "all_gather", "slice")
+
+
+def _all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    return primitive.name not in _GATHERING and params.get("name") != GATHERED
+
+
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(ATTENDED),
     ),
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": _all_but_gathered_weights,
 }
 
 

@@ -13,7 +13,7 @@ from tlite_jax.config import Llama3RopeScaling
 
 
 def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
-    """x @ weight^T (+ bias), with the weight in Hugging Face's layout.
+    """The product x @ weight^T (+ bias), with the weight in Hugging Face's layout.
 
     Args:
       x: [..., I].
