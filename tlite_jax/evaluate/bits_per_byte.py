@@ -93,6 +93,8 @@ class Evaluator:
         Returns:
           bucket name -> Score.
         """
+        if not buckets:
+            return {}
         packed = {bucket.name: self._pack(bucket.documents, max_tokens) for bucket in buckets}
         rows = {
             key: np.concatenate([rows[key] for rows, _ in packed.values()])
