@@ -1,0 +1,109 @@
+"""The real command in one and in two processes: the same losses, SIGTERM to one of them, resuming on one.
+
+Losses agree to float32 rounding, not bit for bit: between processes the sums are taken in another order.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tlite_jax.checkpoint import find, steps_on_disk
+
+STEPS = 7
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+TIMEOUT = 300
+# Little code generation, the same in all of them: else each process compiles for a long time.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+class Job:
+    """`launch train` in several processes of so many devices each."""
+
+    def __init__(self, directory: Path, config: Path, output: Path, *, processes: int, devices: int):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK}
+        self.processes = []
+        for number in range(processes):
+            command = [sys.executable, "-m", "launch", "train", str(config), f"output={output}"]
+            if processes > 1:
+                command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes)]
+                command += ["--process-id", str(number)]
+            self.logs = directory / f"{output.name}-{processes}-{number}.log"
+            with self.logs.open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                )
+
+    def wait(self) -> list[int]:
+        """Exit statuses."""
+        end = time.monotonic() + TIMEOUT
+        return [process.wait(max(1, end - time.monotonic())) for process in self.processes]
+
+    def wait_for_step(self, metrics: Path) -> None:
+        """Returns when a step has been logged and training goes on."""
+        end = time.monotonic() + TIMEOUT
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert time.monotonic() < end, self.logs.read_text()
+            assert all(process.poll() is None for process in self.processes), self.logs.read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """Starts jobs; none outlives the tests."""
+    directory = tmp_path_factory.mktemp("jobs")
+    config = tiny.write_config(directory / "run.yaml", directory / "unused", train={"steps": STEPS, "batch_size": 24})
+    jobs: list[Job] = []
+
+    def call(name: str, *, processes: int, devices: int) -> tuple[Job, Path]:
+        jobs.append(Job(directory, config, directory / name, processes=processes, devices=devices))
+        return jobs[-1], directory / name
+
+    yield call
+    for process in (process for job in jobs for process in job.processes):
+        process.kill()
+        process.wait()
+
+
+def test_two_processes_equal_one_and_one_of_them_is_preempted(start) -> None:
+    two, run = start("run", processes=2, devices=4)
+    two.wait_for_step(run / "metrics.jsonl")
+    two.processes[1].send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert two.wait() == [75, 75]
+    assert time.monotonic() - asked < 30  # a usual grace period
+    (stopped,) = steps_on_disk(run)
+    assert 0 < stopped < STEPS
+    assert os.listdir(run / "checkpoints") == [str(stopped)]
+    before = tiny.metrics(run)
+    assert list(before) == list(range(1, stopped + 1))
+
+    one, whole = start("whole", processes=1, devices=8)
+    assert one.wait() == [0]
+    expected = tiny.metrics(whole)
+    assert before == pytest.approx({step: expected[step] for step in before}, rel=1e-6)
+
+    resumed, _ = start("run", processes=1, devices=8)
+    assert resumed.wait() == [0]
+    assert tiny.metrics(run) == pytest.approx(expected, rel=1e-6)
+    assert find(run).meta.rows_consumed == find(whole).meta.rows_consumed == STEPS * 24
+
+
+def test_one_of_two_processes_that_cannot_start_does_not_hang_the_other(start) -> None:
+    """Both find the same error; neither waits for the other."""
+    job, output = start("run/config.yaml/inside_a_file", processes=2, devices=4)
+    assert job.wait() == [2, 2]
+    lines = [line for line in job.logs.read_text().splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "cannot write to" in lines[0]
+    assert not output.exists()
