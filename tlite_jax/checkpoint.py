@@ -30,6 +30,7 @@ from tlite_jax.sharding import abstract_params, map_specs
 from tlite_jax.train.state import TrainState, abstract_state
 
 FORMAT_VERSION = 1
+_DELETING = ".deleting"
 
 
 class Meta(Section):
@@ -72,7 +73,11 @@ def steps_on_disk(run: Path) -> list[int]:
     directory = run / "checkpoints"
     if not directory.is_dir():
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
+    return sorted(int(entry.name) for entry in directory.iterdir() if _is_step(entry.name) and entry.is_dir())
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
 
 
 def find(path: Path, step: int | None = None) -> Checkpoint:
@@ -82,7 +87,7 @@ def find(path: Path, step: int | None = None) -> Checkpoint:
       UserError: nothing there, no such step, or a format that this version does not read.
     """
     path = Path(path)
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
+    if path.parent.name == "checkpoints" and _is_step(path.name):
         run, step = path.parent.parent, int(path.name)
     else:
         run = path
@@ -190,6 +195,8 @@ class Saver:
     def __init__(self, run: Path, config: CheckpointConfig):
         self._run = run
         self._config = config
+        if jax.process_index() == 0:
+            _delete_leftovers(run / "checkpoints")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def save(self, state: TrainState, meta: Meta) -> None:
@@ -226,9 +233,16 @@ class Saver:
 
 def _delete(directory: Path) -> None:
     """Deletes a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
-    doomed = directory.with_name(f"{directory.name}.deleting")
+    doomed = directory.with_name(f"{directory.name}{_DELETING}")
     directory.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _delete_leftovers(directory: Path) -> None:
+    """Gives back the disk that half-saved and half-deleted checkpoints of a killed process hold."""
+    for pattern in (f"*{_DELETING}", "*.orbax-checkpoint-tmp*"):
+        for leftover in directory.glob(pattern):
+            shutil.rmtree(leftover)
 
 
 @contextlib.contextmanager
