@@ -1,10 +1,14 @@
 """Cross-entropy over a large vocabulary: sums and counts, never means.
 
-Shapes: B batch, T tokens, D embed, V vocab, M = B T, C tokens of a chunk.
+Shapes: B batch, T tokens, D embed, V vocab, N chunks, C tokens of a chunk.
 """
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tlite_jax.model.layers import linear
 
@@ -25,35 +29,91 @@ def token_losses(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Arra
     Returns:
       [B, T] float32 nats, 0 where the target is IGNORED.
     """
-    D = hidden_BTD.shape[-1]
-    hidden_MD, targets_M = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1)
-    tokens = targets_M.shape[0]
-    num_chunks = -(-tokens // chunk_tokens)
-    if num_chunks == 1:
-        return _losses(hidden_MD, head_VD, targets_M).reshape(targets_BT.shape)
-    chunk = -(-tokens // num_chunks)
-    padding = num_chunks * chunk - tokens
-    hidden_MD = jnp.pad(hidden_MD, ((0, padding), (0, 0)))
-    targets_M = jnp.pad(targets_M, (0, padding), constant_values=IGNORED)
+    hidden_NCD, targets_NC = _chunks(hidden_BTD, targets_BT, chunk_tokens)
 
     def body(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        return None, _losses(part[0], head_VD, part[1])
+        logits_CV = linear(part[0], head_VD).astype(jnp.float32)
+        return None, _chosen_losses(logits_CV, jax.nn.logsumexp(logits_CV, axis=-1), part[1])
 
-    parts = hidden_MD.reshape(num_chunks, chunk, D), targets_M.reshape(num_chunks, chunk)
-    _, losses = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, parts)
-    return losses.reshape(-1)[:tokens].reshape(targets_BT.shape)
+    _, losses_NC = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, (hidden_NCD, targets_NC))
+    return losses_NC.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cross_entropy(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    losses_BT = token_losses(hidden_BTD, head_VD, targets_BT, chunk_tokens=chunk_tokens)
+    return jnp.sum(losses_BT), jnp.sum(targets_BT != IGNORED, dtype=jnp.float32)
 
 
 def cross_entropy(
     hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (summed loss in nats, scored tokens), two float32 scalars; arguments as for `token_losses`."""
-    losses_BT = token_losses(hidden_BTD, head_VD, targets_BT, chunk_tokens=chunk_tokens)
-    return jnp.sum(losses_BT), jnp.sum(targets_BT != IGNORED, dtype=jnp.float32)
+    """Summed loss and number of scored tokens; its gradients are computed with it, a chunk of logits at a time.
+
+    So the backward pass needs no logits, neither kept nor computed again, and the head's gradient is summed over
+    chunks in float32 (the idea of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989).
+
+    Args:
+      hidden_BTD, head_VD, targets_BT, chunk_tokens: as for `token_losses`.
+
+    Returns:
+      (sum in nats, count), two float32 scalars.
+    """
+    return _cross_entropy(hidden_BTD, head_VD, targets_BT, chunk_tokens)
 
 
-def _losses(hidden_CD: jax.Array, head_VD: jax.Array, targets_C: jax.Array) -> jax.Array:
-    logits_CV = linear(hidden_CD, head_VD).astype(jnp.float32)
-    scored = targets_C != IGNORED
-    chosen = jnp.take_along_axis(logits_CV, jnp.where(scored, targets_C, 0)[:, None], axis=-1)[:, 0]
-    return jnp.where(scored, jax.nn.logsumexp(logits_CV, axis=-1) - chosen, 0.0)
+def _forward(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk_tokens: int
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The loss and its gradients, as if its cotangent were 1."""
+    hidden_NCD, targets_NC = _chunks(hidden_BTD, targets_BT, chunk_tokens)
+
+    def body(carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
+        loss, dhead_VD = carry
+        hidden_CD, targets_C = part
+        logits_CV = linear(hidden_CD, head_VD).astype(jnp.float32)
+        total_C = jax.nn.logsumexp(logits_CV, axis=-1)
+        losses_C = _chosen_losses(logits_CV, total_C, targets_C)
+        wanted_CV = jnp.arange(logits_CV.shape[1]) == targets_C[:, None]
+        scored_C1 = (targets_C != IGNORED)[:, None]
+        dlogits_CV = jnp.where(scored_C1, jnp.exp(logits_CV - total_C[:, None]) - wanted_CV, 0.0).astype(head_VD.dtype)
+        dhead_VD += jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
+        return (loss + jnp.sum(losses_C), dhead_VD), jnp.einsum("cv,vd->cd", dlogits_CV, head_VD)
+
+    carry = jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)
+    (loss, dhead_VD), dhidden_NCD = jax.lax.scan(body, carry, (hidden_NCD, targets_NC))
+    dhidden_BTD = dhidden_NCD.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
+    count = jnp.sum(targets_BT != IGNORED, dtype=jnp.float32)
+    return (loss, count), (dhidden_BTD, dhead_VD, targets_BT)
+
+
+def _backward(
+    _: int, residuals: tuple[jax.Array, jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    dhidden_BTD, dhead_VD, targets_BT = residuals
+    scale = cotangents[0]
+    dtype = dhidden_BTD.dtype
+    no_gradient = np.zeros(targets_BT.shape, jax.dtypes.float0)
+    return (dhidden_BTD * scale).astype(dtype), (dhead_VD * scale).astype(dtype), no_gradient
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunks(hidden_BTD: jax.Array, targets_BT: jax.Array, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """[N, C, D] hidden states and [N, C] targets, padded with IGNORED; chunks are as even as they can be."""
+    tokens = targets_BT.size
+    num_chunks = -(-tokens // chunk_tokens)
+    chunk = -(-tokens // num_chunks)
+    padding = num_chunks * chunk - tokens
+    hidden = jnp.pad(hidden_BTD.reshape(tokens, -1), ((0, padding), (0, 0)))
+    targets = jnp.pad(targets_BT.reshape(-1), (0, padding), constant_values=IGNORED)
+    return hidden.reshape(num_chunks, chunk, -1), targets.reshape(num_chunks, chunk)
+
+
+def _chosen_losses(logits_CV: jax.Array, total_C: jax.Array, targets_C: jax.Array) -> jax.Array:
+    scored_C = targets_C != IGNORED
+    chosen_C = jnp.take_along_axis(logits_CV, jnp.where(scored_C, targets_C, 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(scored_C, total_C - chosen_C, 0.0)
