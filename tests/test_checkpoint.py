@@ -86,9 +86,8 @@ def test_load_params_is_logical_and_on_the_host(saved: Path) -> None:
 def test_an_imported_model_keeps_its_dtype_and_trains_in_float32(dtype: type, tmp_path: Path) -> None:
     params = jax.tree.map(lambda x: x.astype(dtype), random_tree(4))
     name = np.dtype(dtype).name
-    save_model(
-        tmp_path / "m", params, MODEL, weights_dtype=name, origin="there", tensor_dtypes={"lm_head.weight": "float32"}
-    )
+    others = {"lm_head.weight": "float32"}
+    save_model(tmp_path / "m", params, MODEL, weights_dtype=name, origin="there", tensor_dtypes=others)
     found = find(tmp_path / "m")
     assert_equal(load_params(found), params)
     restored = restore_params(found, tiny.mesh(1, 8))
