@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import traceback
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -24,11 +25,21 @@ COMMANDS = {
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-class _InOrder(TyperGroup):
+class _Interrupted(Exception):
+    """Ctrl-C during a command, where Typer would end without a word."""
+
+
+class _Commands(TyperGroup):
     """Lists commands in the order of a run, not of the alphabet."""
 
     def list_commands(self, ctx: object) -> list[str]:
         return list(COMMANDS)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
 
 
 def build_app() -> typer.Typer:
@@ -36,7 +47,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         name="python -m launch",
         help=__doc__,
-        cls=_InOrder,
+        cls=_Commands,
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
@@ -60,7 +71,7 @@ def main() -> None:
         build_app()()
     except UserError as error:
         _fail(error, EXIT_USAGE)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, _Interrupted) as error:
         _fail(error, EXIT_INTERRUPTED, "interrupted; start the same command again to go on")
     except Exception as error:
         _fail(error, EXIT_FAILED, f"{type(error).__name__}: {error}")
