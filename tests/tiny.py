@@ -144,14 +144,15 @@ def start(
 ) -> loop.Result:
     """Starts a run or goes on with it, as the command does."""
     run = open_run(config, mesh=on or mesh(), allow_change=allow_change)
-    with mock.patch.object(loop, "make_step", _make_quick_step):
+    with mock.patch.object(loop, "make_step", make_quick_step):
         return loop.train(run, on or mesh(), evaluate=evaluate)
 
 
 _compiled: dict[Any, Callable] = {}
 
 
-def _make_quick_step(model, optimizer, execution, mesh, *, schedule, document_masking):
+def make_quick_step(model, optimizer, execution, mesh, *, schedule, document_masking):
+    """`make_step`, compiled once for equal arguments, with little code generation."""
     rates = tuple(float(schedule(number)) for number in range(30))
     key = (str((model, optimizer, execution)), mesh, rates, document_masking)
     real = step.make_step(model, optimizer, execution, mesh, schedule=schedule, document_masking=document_masking)
