@@ -124,6 +124,12 @@ def config(output: Path, *overrides: str) -> RunConfig:
     return override(parse(RunConfig, values(data(), output), "test"), overrides)
 
 
+def from_imported() -> list[str]:
+    """Overrides that start from the imported model: no random weights to compile."""
+    words = [f"init_from.path={data() / 'imported'}", "init_from.optimizer=reset", "init_from.schedule=reset"]
+    return ["model=null", *words]
+
+
 def write_config(path: Path, output: Path, **changes: Any) -> Path:
     """The config as a YAML file; JSON is YAML."""
     path.write_text(json.dumps({**values(data(), output), **changes}), encoding="utf-8")

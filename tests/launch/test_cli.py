@@ -146,12 +146,12 @@ def test_an_unwritable_output_is_refused(refuse: Callable[..., str], place: Path
 def test_an_output_of_another_run_is_refused(
     refuse: Callable[..., str], call: Callable[..., Called], place: Path
 ) -> None:
-    tiny.start(tiny.config(place / "run", "train.steps=6"))
-    line = refuse("train", place / "run.yaml", "optimizer.learning_rate=1e-4")
+    tiny.start(tiny.config(place / "run", *tiny.from_imported()))
+    line = refuse("train", place / "run.yaml", *tiny.from_imported(), "optimizer.learning_rate=1e-4")
     assert "holds another run; changed: optimizer.learning_rate: 0.01 -> 0.0001. Choose another output" in line
     assert "is not empty" in refuse("export", tiny.data() / "imported", place / "run")
     assert "is not empty" in refuse("import", tiny.data() / "tokenizer", place / "run")
-    ended = call("train", place / "run.yaml")
+    ended = call("train", place / "run.yaml", *tiny.from_imported())
     assert (ended.status, ended.err) == (0, "")
     assert ended.out == f"{place}/run: step 6 of 6, done\n"
 
@@ -195,12 +195,12 @@ def test_a_signal_saves_and_has_its_own_status(
 
     monkeypatch.setattr(loop, "batches", batches)
     monkeypatch.setattr(loop, "make_step", tiny.make_quick_step)
-    ended = call("train", place / "run.yaml")
+    ended = call("train", place / "run.yaml", *tiny.from_imported())
     assert ended.status == status
     assert f"step 1 of 6, stopped by {number.name}; run again to go on" in ended.out
     assert steps_on_disk(place / "run") == [1]
     monkeypatch.setattr(loop, "batches", real)
-    ended = call("train", place / "run.yaml", "telemetry.console=true")
+    ended = call("train", place / "run.yaml", *tiny.from_imported(), "telemetry.console=true")
     assert ended.status == 0
     assert f"going on from step 1 of {place}/run" in ended.out
     assert find(place / "run").step == 6
@@ -221,7 +221,7 @@ def test_ctrl_c_where_nothing_can_be_saved(
 def test_a_trained_run_is_evaluated_continued_and_exported(call: Callable[..., Called], place: Path) -> None:
     """The commands after training, on one run."""
     run = place / "run"
-    tiny.start(tiny.config(run))
+    tiny.start(tiny.config(run, *tiny.from_imported()))
     ended = call("eval", run, "--json")
     assert ended.status == 0, ended.err
     assert '"language=ru": {"bits_per_byte": ' in ended.out

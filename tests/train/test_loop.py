@@ -20,8 +20,7 @@ from tlite_jax.train import loop
 
 def config(output: Path, *words: str) -> RunConfig:
     """A run that starts from the imported model."""
-    origin = [f"init_from.path={tiny.data() / 'imported'}", "init_from.optimizer=reset", "init_from.schedule=reset"]
-    return tiny.config(output, "model=null", *origin, *words)
+    return tiny.config(output, *tiny.from_imported(), *words)
 
 
 @pytest.fixture(scope="module")
