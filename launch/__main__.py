@@ -25,7 +25,7 @@ COMMANDS = {
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-class _Interrupted(Exception):
+class _CommandInterruptedError(Exception):
     """Ctrl-C during a command, where Typer would end without a word."""
 
 
@@ -39,7 +39,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted from error
+            raise _CommandInterruptedError from error
 
 
 def build_app() -> typer.Typer:
@@ -71,7 +71,7 @@ def main() -> None:
         build_app()()
     except UserError as error:
         _fail(error, EXIT_USAGE)
-    except (KeyboardInterrupt, _Interrupted) as error:
+    except (KeyboardInterrupt, _CommandInterruptedError) as error:
         _fail(error, EXIT_INTERRUPTED, "interrupted; start the same command again to go on")
     except Exception as error:
         _fail(error, EXIT_FAILED, f"{type(error).__name__}: {error}")
