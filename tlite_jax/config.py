@@ -104,7 +104,7 @@ class HeldOutConfig(Section):
     """Documents set aside for evaluation before anything is counted."""
 
     fraction: Rate = Field(description="share of each bucket's documents")
-    max_documents: NonNegative | None = Field(default=None, description="limit per bucket, never-trained sources aside; null: none")
+    max_documents: NonNegative | None = Field(default=None, description="per bucket that is trained on; null: no limit")
     seed: NonNegative = Field(default=0, description="another seed sets other documents aside")
 
 

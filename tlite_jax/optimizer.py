@@ -57,12 +57,9 @@ def global_norm(gradients: Tree) -> jax.Array:
     return optax.tree.norm(gradients)
 
 
-def clip(gradients: Tree, norm: jax.Array, max_norm: float | None) -> Tree:
-    """Scales the gradients so that their global L2 norm is at most max_norm."""
-    if max_norm is None:
-        return gradients
-    scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-    return jax.tree.map(lambda gradient: gradient * scale, gradients)
+def clip_factor(norm: jax.Array, max_norm: float | None) -> jax.Array | float:
+    """What gradients of this global L2 norm are multiplied by, so that it is at most max_norm."""
+    return 1.0 if max_norm is None else jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
 
 def decay_mask(config: OptimizerConfig, specs: Tree) -> Tree:

@@ -75,7 +75,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3RopeScaling | N
       [H / 2] float32, radians a position.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
+    # A correctly rounded power, then a float32 division: bit for bit what torch computes.
+    powers = np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / powers
     if scaling is None:
         return frequencies
     wavelengths = 2 * math.pi / frequencies

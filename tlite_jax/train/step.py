@@ -124,9 +124,10 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, loss, count = gradients_fn(state.params, batch)
-        gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
-        norm = adamw.global_norm(gradients)
-        gradients = adamw.clip(gradients, norm, optimizer.max_gradient_norm)
+        # One multiplication does both the mean over tokens and the clipping, inside the update's own loops.
+        norm = adamw.global_norm(gradients) / count
+        factor = adamw.clip_factor(norm, optimizer.max_gradient_norm) / count
+        gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
         learning_rate = schedule(state.step)
         params, moments = adamw.update(optimizer, gradients, state.optimizer, state.params, learning_rate, mask)
         metrics = {
