@@ -66,7 +66,7 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Runs a command; errors become one line and an exit status (docs/command_line.md lists them)."""
+    """Runs a command; errors become one line and an exit status (docs/training.md lists them)."""
     try:
         build_app()()
     except UserError as error:

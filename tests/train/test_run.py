@@ -128,6 +128,17 @@ def test_a_stage_goes_on_after_its_source_has(own_source: Path, tmp_path: Path) 
     assert load_config(tmp_path / "stage2" / "config.yaml").init_from.step == 6
 
 
+def test_a_stage_goes_on_without_its_source(source: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny.data() / "imported", tmp_path / "base"))
+    stage = tmp_path / "stage"
+    amount = {"data.mixture.tokens": "4096", "schedule.total_steps": "3"}
+    tiny.start(tiny.config(stage, *from_checkpoint(base, **amount, **{"train.steps": "2"})))
+    origin = find(stage).meta.origin
+    shutil.rmtree(base)
+    assert tiny.start(tiny.config(stage, *from_checkpoint(base, **amount, **{"train.steps": "3"}))).step == 3
+    assert find(stage).meta.origin == origin
+
+
 def test_what_cannot_be_started_from_is_refused(source: Path, tmp_path: Path) -> None:
     imported = tiny.data() / "imported"
     refused(

@@ -64,30 +64,46 @@ class Run:
             schedule_offset=self.schedule_offset,
             model=self.config.model,
             weights_dtype=source.meta.weights_dtype if source else "bfloat16",
-            origin=f"trained from {self.base.path}" if self.base else "trained from random weights",
+            origin=self._origin(),
             config=self.config.model_dump(mode="json"),
             tensor_dtypes=source.meta.tensor_dtypes if source else {},
         )
 
+    def _origin(self) -> str:
+        if self.resumed is not None:
+            return self.resumed.meta.origin
+        return f"trained from {self.base.path}" if self.base else "trained from random weights"
 
-def resolve(config: RunConfig) -> tuple[RunConfig, Checkpoint | None]:
-    """Fills in what `init_from` decides: the model's shape and the tokenizer.
+
+def resolve(config: RunConfig) -> tuple[RunConfig, Checkpoint | None, Checkpoint | None]:
+    """Fills in what the checkpoint to go on from decides: the model's shape and the tokenizer.
+
+    Returns:
+      The config, the source that `init_from` names (None when it is not needed any more) and the run's own newest
+      checkpoint, if it has one.
 
     Raises:
       UserError: no such checkpoint, or a model section that is not the checkpoint's.
     """
+    resumed = checkpoints.find(config.output) if checkpoints.steps_on_disk(config.output) else None
+    if resumed is not None and resumed.meta.config is None:
+        raise UserError(f"{config.output} holds an imported model, not a run; choose another output")
     if config.init_from is None:
-        return config, None
-    base = checkpoints.find(config.init_from.path, _pinned_step(config))
-    if config.model is not None and config.model != base.meta.model:
-        changed = differences(base.meta.model.model_dump(mode="json"), config.model.model_dump(mode="json"), "model.")
-        raise UserError(f"model is not that of init_from ({base.path}): {'; '.join(changed)}; leave model out")
-    if config.init_from.optimizer == "carry" and not base.has_optimizer:
-        raise UserError(f"{base.path} holds no optimizer state; set init_from.optimizer: reset")
+        return config, None, resumed
     # The step is pinned, so that the run is the same value after its source has trained on.
-    pinned = config.init_from.model_copy(update={"step": base.step})
-    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or base.tokenizer_dir})
-    return config.model_copy(update={"model": base.meta.model, "init_from": pinned, "data": data}), base
+    step = _pinned_step(config)
+    base = checkpoints.find(config.init_from.path, step) if resumed is None else None
+    source = resumed or base
+    assert source is not None
+    if config.model is not None and config.model != source.meta.model:
+        old, new = source.meta.model.model_dump(mode="json"), config.model.model_dump(mode="json")
+        changed = "; ".join(differences(old, new, "model."))
+        raise UserError(f"model is not that of init_from ({source.path}): {changed}; leave model out")
+    if config.init_from.optimizer == "carry" and not source.has_optimizer:
+        raise UserError(f"{source.path} holds no optimizer state; set init_from.optimizer: reset")
+    pinned = config.init_from.model_copy(update={"step": base.step if base else step})
+    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or source.tokenizer_dir})
+    return config.model_copy(update={"model": source.meta.model, "init_from": pinned, "data": data}), base, resumed
 
 
 def _pinned_step(config: RunConfig) -> int | None:
@@ -115,11 +131,8 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     """
     if mesh is not None:
         check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
-    config, base = resolve(config)
+    config, base, resumed = resolve(config)
     directory = config.output
-    resumed = checkpoints.find(directory) if checkpoints.steps_on_disk(directory) else None
-    if resumed is not None and resumed.meta.config is None:
-        raise UserError(f"{directory} holds an imported model, not a run; choose another output")
     store, plan = _plan(config)
     total_steps = config.train.steps or plan.total_rows // config.train.batch_size
     if not total_steps:
