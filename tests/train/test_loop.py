@@ -14,7 +14,6 @@ from orbax.checkpoint._src.path import atomicity
 from tests import tiny
 from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.config import RunConfig
-from tlite_jax.errors import UserError
 from tlite_jax.train import loop
 
 
@@ -198,6 +197,6 @@ def test_a_failed_save_in_the_background_surfaces(tmp_path: Path, monkeypatch: p
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
     words = ["optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "optimizer.max_gradient_norm=null"]
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; lower optimizer.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d; lower optimizer.learning_rate"):
         tiny.start(config(tmp_path / "run", *words))
     assert steps_on_disk(tmp_path / "run") == []

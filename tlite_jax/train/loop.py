@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding
 from tlite_jax import optimizer
 from tlite_jax.checkpoint import Saver, saver
 from tlite_jax.data.loader import batches
-from tlite_jax.errors import UserError
 from tlite_jax.sharding import BATCH_SPEC
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
@@ -47,6 +46,7 @@ def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evalua
 
     Raises:
       UserError: a batch that does not divide over the mesh; damaged data.
+      FloatingPointError: the loss is not finite; nothing later than the step before is saved.
     """
     config = run.config
     assert config.model is not None
@@ -103,6 +103,7 @@ def _loop(
         log.later(step, metrics)
         checkpoints.check()
         if step % config.checkpoint.every == 0 and step < run.total_steps:
+            log.flush()  # a state behind a loss that is not finite is not worth keeping
             checkpoints.save(state, run.meta(step))
             saved = step
         if config.evaluation.every and step % config.evaluation.every == 0 and step < run.total_steps:
@@ -148,7 +149,7 @@ class _Log:
         values["tokens_seen"] = float(step * self._tokens_per_step)
         self.write(step, {**values, **self._throughput.update(step, time.monotonic())})
         if not math.isfinite(values["loss"]):
-            raise UserError(
+            raise FloatingPointError(
                 f"the loss is {values['loss']} at step {step}; lower optimizer.learning_rate or mend the data"
             )
 
