@@ -67,6 +67,7 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Runs a command; errors become one line and an exit status (docs/training.md lists them)."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
     try:
         build_app()()
     except UserError as error:

@@ -66,6 +66,8 @@ def main(
 
 
 def _config(file: Path, directory: Path, corpus: "Corpus", steps: int | None, seed: int) -> "RunConfig":
+    import jax
+
     from tlite_jax.config_files import load_config, override
 
     words = [
@@ -77,6 +79,9 @@ def _config(file: Path, directory: Path, corpus: "Corpus", steps: int | None, se
     if steps is not None:
         words += [f"train.steps={steps}", f"evaluation.every={steps}"]
     config = load_config(file, words)
+    # On a machine with several devices the batch grows to what they can share.
+    unit = jax.device_count() * config.execution.num_microbatches
+    config = override(config, [f"train.batch_size={-(-config.train.batch_size // unit) * unit}"])
     assert config.data.prepare is not None
     sources = [source.model_dump(mode="json") for source in corpus.sources]
     return override(config, [f"data.prepare.sources={json.dumps(sources)}"])

@@ -287,6 +287,11 @@ class RunConfig(Section):
     def _model_is_known(self) -> Self:
         if self.model is None and self.init_from is None:
             raise ValueError("give model (its shape, for random weights) or init_from (a checkpoint to start from)")
+        carries = self.init_from is not None and self.init_from.schedule == "carry"
+        if carries and self.schedule.name == "cosine_with_warmup" and self.schedule.total_steps is None:
+            raise ValueError(
+                "init_from.schedule carry: give schedule.total_steps, counted from the source's first step"
+            )
         if self.data.tokenizer is None and self.init_from is None:
             raise ValueError("give data.tokenizer: without init_from there is no checkpoint to take it from")
         return self

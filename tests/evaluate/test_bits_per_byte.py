@@ -115,12 +115,17 @@ def test_a_documents_company_does_not_change_its_score(reference, scores):
 
 def test_max_tokens_takes_whole_documents(reference, scores):
     buckets = make_buckets()
-    # Tokens of the first two documents of "short", boundaries included: 5 + 17.
-    limited = evaluate(reference, buckets, max_tokens=6)
-    expected = sum(direct_nats(reference, document.tokens, START, END) for document in buckets[0].documents[:2])
+    sizes = [len(document.tokens) for document in buckets[0].documents]
+    assert sizes[0] + sizes[2] < sizes[0] + sizes[1]
+    # Room for the first and the third; the second is passed over.
+    limited = evaluate(reference, buckets, max_tokens=sizes[0] + sizes[2])
+    chosen = [buckets[0].documents[0], buckets[0].documents[2]]
+    expected = sum(direct_nats(reference, document.tokens, START, END) for document in chosen)
     assert limited["short"].nats == pytest.approx(expected, rel=1e-6)
-    assert limited["short"].num_bytes == sum(document.num_bytes for document in buckets[0].documents[:2])
-    assert limited["elsewhere"] == scores["elsewhere"]
+    assert limited["short"].num_bytes == sum(document.num_bytes for document in chosen)
+    # Where none fits, the shortest is scored all the same.
+    least = evaluate(reference, buckets, max_tokens=1)
+    assert least["short"].num_bytes == min(buckets[0].documents, key=lambda d: len(d.tokens)).num_bytes
 
 
 def test_progress_counts_rows(reference):

@@ -95,6 +95,8 @@ def prepare(
     if config.model is not None:
         check_vocabulary(tokenizer, config.model.vocab_size)
     files = {source.name: find_files(source) for source in todo.sources}
+    if not any(file.bytes for found in files.values() for file in found):
+        raise UserError(_empty(todo))
     origin = _origin(data, todo, tokenizer, files)
     try:
         with _claim(data.buckets):
@@ -235,6 +237,10 @@ def _tokenize(shards: Sequence[Shard], settings: ShardSettings, num_workers: int
     return [future.result() for future in futures]
 
 
+def _empty(todo: PrepareConfig) -> str:
+    return f"no documents in {', '.join(source.name for source in todo.sources)}: the files are empty"
+
+
 def _check_corpus(corpus: Corpus, todo: PrepareConfig, quarantine: Path) -> None:
     """Refuses an empty corpus, too many bad documents, too many buckets."""
     good = len(corpus.table)
@@ -244,7 +250,7 @@ def _check_corpus(corpus: Corpus, todo: PrepareConfig, quarantine: Path) -> None
             reasons[reason] = reasons.get(reason, 0) + count
     bad = sum(reasons.values())
     if not good + bad:
-        raise UserError(f"no documents in {', '.join(source.name for source in todo.sources)}: the files are empty")
+        raise UserError(_empty(todo))
     if bad > todo.max_quarantine_rate * (good + bad) or not good:
         worst = max(reasons, key=lambda reason: reasons[reason])
         share = f"{bad} of {good + bad} documents are bad, most of them: {worst}"

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, R rows in all.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class Evaluator:
         Args:
           params: stored, sharded parameters.
           buckets: held-out documents.
-          max_tokens: of each bucket, rounded up to whole documents; None: all.
+          max_tokens: of each bucket, in whole documents (at least one, the shortest); None: all.
           progress: called with (rows done, rows in all).
 
         Returns:
@@ -129,17 +129,13 @@ class Evaluator:
                 progress(min(first + self._batch_size, total), total)
         return np.concatenate(losses)[:total]
 
-    def _pack(self, documents: Iterable[HeldOutDocument], max_tokens: int | None) -> tuple[Rows, int]:
+    def _pack(self, documents: Sequence[HeldOutDocument], max_tokens: int | None) -> tuple[Rows, int]:
         """Windows of documents, dealt into rows first-fit in falling length; and the bytes of their text."""
         windows: list[tuple[np.ndarray, np.ndarray]] = []
-        num_bytes = num_tokens = 0
-        for document in documents:
-            if max_tokens is not None and num_tokens >= max_tokens:
-                break
-            num_bytes += document.num_bytes
-            num_tokens += len(document.tokens)
+        chosen = documents if max_tokens is None else _within(documents, max_tokens)
+        for document in chosen:
             windows += self._windows(document.tokens.astype(np.int32))
-        return _first_fit(windows, self._length), num_bytes
+        return _first_fit(windows, self._length), sum(document.num_bytes for document in chosen)
 
     def _windows(self, tokens: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """(inputs, targets) pairs that score each text token of a document once."""
@@ -170,6 +166,17 @@ def by_name(scores: Mapping[str, Score], buckets: Sequence[HeldOutBucket]) -> di
     """Every bucket's score, and every language's under "language=VALUE"."""
     languages = combine(scores, buckets, "language")
     return {**scores, **{f"language={value}": score for value, score in sorted(languages.items())}}
+
+
+def _within(documents: Sequence[HeldOutDocument], max_tokens: int) -> list[HeldOutDocument]:
+    """The documents that fit into a budget, in order, those too long for what is left passed over."""
+    chosen: list[HeldOutDocument] = []
+    left = max_tokens
+    for document in documents:
+        if len(document.tokens) <= left:
+            chosen.append(document)
+            left -= len(document.tokens)
+    return chosen or sorted(documents, key=lambda document: len(document.tokens))[:1]
 
 
 def _first_fit(windows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Rows:

@@ -137,14 +137,16 @@ class _Log:
     def later(self, step: int, metrics: Metrics) -> None:
         """Notes a step just started and logs the one before it."""
         self.flush()
-        if step % self._every == 0 or step == self._total:
-            self._pending = step, metrics
+        self._pending = step, metrics
 
     def flush(self) -> None:
         """Logs the step noted last, waiting for it."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
+        if step % self._every and step != self._total:
+            metrics["loss"].block_until_ready()  # the host stays one step ahead, logged or not
+            return
         values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
         values["tokens_seen"] = float(step * self._tokens_per_step)
         self.write(step, {**values, **self._throughput.update(step, time.monotonic())})

@@ -255,12 +255,20 @@ def _claim(config: RunConfig, directory: Path, plan: Plan) -> None:
     (directory / "plans").mkdir(parents=True, exist_ok=True)
     (directory / "plans" / f"{plan.hash}.json").write_text(plan.to_json(), encoding="utf-8")
     assert config.data.tokenizer is not None
-    if not (directory / CONFIG_FILE).exists():
-        shutil.rmtree(directory / "tokenizer", ignore_errors=True)  # of an interrupted start
+    if not (directory / CONFIG_FILE).exists() or not _same_tokenizer(config.data.tokenizer, directory / "tokenizer"):
         copy = directory / "tokenizer.partial"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(config.data.tokenizer, copy)
+        shutil.rmtree(directory / "tokenizer", ignore_errors=True)  # another one's, or of an interrupted start
         copy.rename(directory / "tokenizer")
     partial = directory / f"{CONFIG_FILE}.partial"
     save_config(config, partial)
     os.replace(partial, directory / CONFIG_FILE)
+
+
+def _same_tokenizer(directory: Path, other: Path) -> bool:
+    """Whether both define the same tokenizer."""
+    files = [place / "tokenizer.json" for place in (directory, other)]
+    if not all(file.is_file() for file in files):
+        return other.is_dir()  # one that transformers converts: buckets and plan guard it
+    return files[0].read_bytes() == files[1].read_bytes()
