@@ -17,7 +17,9 @@ import pytest
 from tests import tiny
 from tlite_jax.checkpoint import find, steps_on_disk
 
-STEPS = 7
+BATCH_SIZE = 24
+MANY_STEPS = 5000  # more than a preempted job can take
+TOKENS = MANY_STEPS * BATCH_SIZE * tiny.LENGTH
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 300
 # Little code generation, the same in all of them: else each process compiles for a long time.
@@ -27,14 +29,14 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 class Job:
     """`launch train` in several processes of so many devices each."""
 
-    def __init__(self, directory: Path, config: Path, output: Path, *, processes: int, devices: int):
+    def __init__(self, directory: Path, config: Path, output: Path, steps: int, *, processes: int, devices: int):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK}
         self.processes = []
         for number in range(processes):
-            command = [sys.executable, "-m", "launch", "train", str(config), f"output={output}"]
+            command = [sys.executable, "-m", "launch", "train", str(config), f"output={output}", f"train.steps={steps}"]
             if processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes)]
                 command += ["--process-id", str(number)]
@@ -62,11 +64,19 @@ class Job:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """Starts jobs; none outlives the tests."""
     directory = tmp_path_factory.mktemp("jobs")
-    config = tiny.write_config(directory / "run.yaml", directory / "unused", train={"steps": STEPS, "batch_size": 24})
+    # A budget and a schedule that do not depend on the number of steps, so that it may differ between starts.
+    mixture = tiny.values(tiny.data(), directory)["data"]["mixture"]
+    config = tiny.write_config(
+        directory / "run.yaml",
+        directory / "unused",
+        train={"batch_size": BATCH_SIZE},
+        schedule={"name": "constant_with_warmup", "warmup_steps": 2},
+        data={**tiny.values(tiny.data(), directory)["data"], "mixture": {**mixture, "tokens": TOKENS}},
+    )
     jobs: list[Job] = []
 
-    def call(name: str, *, processes: int, devices: int) -> tuple[Job, Path]:
-        jobs.append(Job(directory, config, directory / name, processes=processes, devices=devices))
+    def call(name: str, steps: int, *, processes: int, devices: int) -> tuple[Job, Path]:
+        jobs.append(Job(directory, config, directory / name, steps, processes=processes, devices=devices))
         return jobs[-1], directory / name
 
     yield call
@@ -76,32 +86,32 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
 
 def test_two_processes_equal_one_and_one_of_them_is_preempted(start) -> None:
-    two, run = start("run", processes=2, devices=4)
+    two, run = start("run", MANY_STEPS, processes=2, devices=4)
     two.wait_for_step(run / "metrics.jsonl")
     two.processes[1].send_signal(signal.SIGTERM)
     asked = time.monotonic()
     assert two.wait() == [75, 75]
     assert time.monotonic() - asked < 30  # a usual grace period
     (stopped,) = steps_on_disk(run)
-    assert 0 < stopped < STEPS
+    assert 0 < stopped < MANY_STEPS
     assert os.listdir(run / "checkpoints") == [str(stopped)]
     before = tiny.metrics(run)
     assert list(before) == list(range(1, stopped + 1))
 
-    one, whole = start("whole", processes=1, devices=8)
+    one, whole = start("whole", stopped + 3, processes=1, devices=8)
     assert one.wait() == [0]
     expected = tiny.metrics(whole)
     assert before == pytest.approx({step: expected[step] for step in before}, rel=1e-6)
 
-    resumed, _ = start("run", processes=1, devices=8)
+    resumed, _ = start("run", stopped + 3, processes=1, devices=8)
     assert resumed.wait() == [0]
     assert tiny.metrics(run) == pytest.approx(expected, rel=1e-6)
-    assert find(run).meta.rows_consumed == find(whole).meta.rows_consumed == STEPS * 24
+    assert find(run).meta.rows_consumed == find(whole).meta.rows_consumed == (stopped + 3) * BATCH_SIZE
 
 
 def test_one_of_two_processes_that_cannot_start_does_not_hang_the_other(start) -> None:
     """Both find the same error; neither waits for the other."""
-    job, output = start("run/config.yaml/inside_a_file", processes=2, devices=4)
+    job, output = start("run/config.yaml/inside_a_file", 7, processes=2, devices=4)
     assert job.wait() == [2, 2]
     lines = [line for line in job.logs.read_text().splitlines() if line.startswith("error:")]
     assert len(lines) == 1
