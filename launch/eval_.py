@@ -56,7 +56,7 @@ def score_checkpoint(
     """Scores a checkpoint on all devices there are, sharded over them.
 
     Raises:
-      UserError: no buckets known or none held out, or buckets of another tokenizer.
+      UserError: no buckets known, none held out, or token ids that the model does not know.
     """
     import jax
 
@@ -71,7 +71,9 @@ def score_checkpoint(
         if config is None:
             raise UserError(f"{checkpoint.path} is an imported model, which has no buckets of its own; give --buckets")
         buckets = Path(config["data"]["buckets"])
-    manifest = BucketStore.open(buckets).manifest
+    store = BucketStore.open(buckets)
+    manifest = store.manifest
+    store.check(sequence_length=manifest["sequence_length"], vocab_size=checkpoint.meta.model.vocab_size)
     held_out = read_held_out(buckets)
     if not held_out:
         raise UserError(f"{buckets} holds no held-out documents; prepare with data.prepare.held_out.fraction > 0")

@@ -217,3 +217,10 @@ def test_differences_name_nested_fields() -> None:
     old = {"a": {"b": 1, "c": [1, 2]}, "d": None, "e": 1, "same": "x"}
     new = {"a": {"b": 1, "c": [1, 3]}, "d": {"f": 2}, "e": 1.0, "same": "x", "g": True}
     assert differences(old, new) == ["a.c: [1, 2] -> [1, 3]", 'd: null -> {"f": 2}', "e: 1 -> 1.0", "g: null -> true"]
+
+
+def test_a_carried_cosine_needs_its_length() -> None:
+    words = [f"init_from={json.dumps({'path': 'x', 'optimizer': 'carry', 'schedule': 'carry'})}"]
+    with pytest.raises(UserError, match=r"carry: give schedule\.total_steps"):
+        load_config(CONFIGS / "tiny.yaml", words)
+    assert load_config(CONFIGS / "tiny.yaml", [*words, "schedule.total_steps=9"]).schedule.total_steps == 9

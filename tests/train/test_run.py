@@ -245,6 +245,7 @@ def test_a_tokenizer_the_model_or_the_buckets_do_not_know_is_refused(tmp_path: P
     for file in (tiny.data() / "tokenizer").iterdir():
         (tmp_path / "other" / file.name).write_text(file.read_text() + "\n")
     refused(tmp_path, "prepared with another tokenizer", f"data.tokenizer={tmp_path / 'other'}")
+    refused(tmp_path, "other document boundaries .document_start: ", "data.document_start=null")
     refused(tmp_path, "holds rows of 16 tokens, data.sequence_length is 32", "data.sequence_length=32")
     refused(tmp_path, "no finished buckets .*prepare", f"data.buckets={tmp_path / 'nothing'}")
 

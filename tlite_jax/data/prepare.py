@@ -99,6 +99,8 @@ def prepare(
         raise UserError(_empty(todo))
     origin = _origin(data, todo, tokenizer, files)
     try:
+        if data.buckets.is_dir():
+            _refuse_foreign(data.buckets)  # before a lock is laid there
         with _claim(data.buckets):
             if not force and (existing := read_store_manifest(data.buckets)) is not None:
                 if existing["origin"] == origin:

@@ -190,6 +190,14 @@ def _plan(config: RunConfig) -> tuple[BucketStore, Plan]:
     store.check(sequence_length=data.sequence_length, vocab_size=config.model.vocab_size)
     if store.manifest["tokenizer"] != tokenizer.hash:
         raise UserError(f"{data.buckets} was prepared with another tokenizer than {data.tokenizer}; prepare it again")
+    boundaries = {"document_start": tokenizer.document_start, "document_end": tokenizer.document_end}
+    made_with = {name: store.manifest["origin"][name] for name in boundaries}
+    if made_with != boundaries:
+        changed = "; ".join(differences(made_with, boundaries))
+        raise UserError(
+            f"{data.buckets} was prepared with other document boundaries ({changed}, token ids); "
+            "undo data.document_start and data.document_end or prepare again"
+        )
     rows = config.train.steps * config.train.batch_size if config.train.steps else None
     plan = make_plan(data.mixture, store.infos(), seed=config.seed, sequence_length=data.sequence_length, rows=rows)
     return store, plan
