@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# --find-links etc. are left to pip's own configuration.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test test-slow lint format types clean
@@ -31,8 +30,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PIP) --editable .
 	touch $@
 
-# torch first, by the version whose plain wheel is for the CPU where an index offers one: any other order may take
-# several gigabytes of CUDA packages.
+# setup.cfg pins torch, the reference of the parity tests: a range would take whatever is newest, with its CUDA packages.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
 	touch $@
