@@ -3,16 +3,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow lint format types clean
+.PHONY: quickstart test test-smollm2 lint format types clean
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
 
 test: lint types                        ## lint, types, tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+test-smollm2: $(VENV)/.installed-test   ## the tests that need the real weights (a download of 93 MB)
+	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
+	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s -k smollm2
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
