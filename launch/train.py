@@ -57,6 +57,8 @@ def train_run(run: "Run") -> "Result":
     mesh = make_mesh(run.config.mesh)
     console = None
     if jax.process_index() == 0 and run.config.telemetry.console:
+        config = run.config
+        print(f"{run.directory}: semantic {config.semantic_hash()}, execution {config.execution_hash()}")
         if run.resumed is not None:
             print(f"going on from step {run.start_step} of {run.directory}")
         console = ConsoleSink(run.total_steps, run.start_step)

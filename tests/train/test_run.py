@@ -192,6 +192,15 @@ def test_the_second_segment_starts_at_its_plans_first_row(own_source: Path) -> N
     assert read == [(find(own_source).meta.segments[-1].plan_hash, 0)]
 
 
+def test_the_runs_tokenizer_is_the_configs(own_source: Path) -> None:
+    copy, given = own_source / "tokenizer" / "tokenizer.json", tiny.data() / "tokenizer" / "tokenizer.json"
+    copy.write_bytes(given.read_bytes() + b"\n")  # as after a declared change of data.tokenizer
+    (own_source / "tokenizer" / "of_the_old_one.txt").touch()
+    tiny.start(tiny.config(own_source, *from_checkpoint(tiny.data() / "imported")))
+    assert copy.read_bytes() == given.read_bytes()
+    assert not (own_source / "tokenizer" / "of_the_old_one.txt").exists()
+
+
 def test_a_mesh_may_change_and_prose_settings_too(own_source: Path) -> None:
     words = [*from_checkpoint(tiny.data() / "imported"), "mesh.replica=2", "execution.remat=full", "train.log_every=3"]
     assert open_run(tiny.config(own_source, *words)).start_step == 6

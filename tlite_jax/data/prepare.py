@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +329,3 @@ def _report(directory: Path, manifest: dict[str, Any], *, reused: bool) -> Prepa
         known = {key: value for key, value in bucket.manifest.items() if key in fields}
         buckets.append(BucketReport(**known, exact_duplicates=exact, near_duplicates=near))
     return PrepareReport(str(directory), reused, manifest["documents_read"], tuple(buckets), manifest["quarantined"])
-
-
-def report_json(report: PrepareReport) -> str:
-    """The report as JSON."""
-    return json.dumps(asdict(report), ensure_ascii=False, indent=1)
