@@ -232,12 +232,21 @@ class ExecutionConfig(Section):
     """How the step is computed; changes rounding at most, never what is learned."""
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    reduce_dtype: Literal["bfloat16", "float32"] = Field(default="float32", description="of gradients on the wire")
-    num_microbatches: Positive = 1
-    remat: Literal["full", "dots", "none"] = Field(
-        default="dots", description="recompute all of a block, all but its matrix products, or nothing"
+    reduce_dtype: Literal["bfloat16", "float32"] = Field(
+        default="float32", description="of gradients on the wire within an fsdp group"
     )
-    attention: Literal["auto", "xla", "xla_chunked", "cudnn"] = "auto"
+    replica_reduce_dtype: Literal["bfloat16", "float32"] = Field(
+        default="float32", description="of gradients on the wire between replicas, once a step"
+    )
+    num_microbatches: Positive = 1
+    remat: Literal["full", "attention", "dots", "offload", "none"] = Field(
+        default="dots",
+        description="what a layer keeps for its backward pass: its input, and attention's output, and its matrix "
+        "products (offload: in host memory), or everything",
+    )
+    attention: Literal[
+        "auto", "xla", "xla_chunked", "cudnn", "pallas_triton", "tokamax_triton", "tokamax_mosaic", "splash"
+    ] = "auto"
     loss_chunk_tokens: Positive = Field(default=1024, description="tokens whose logits exist at once, per device")
 
 

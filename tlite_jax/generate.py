@@ -116,7 +116,7 @@ def _forward(
     mask_BTS = (columns[None, None] <= rows[None, :, None]) & (columns[None, None] >= padding_B[:, None, None])
     # A padding query sees nothing; letting it see itself keeps its softmax finite. No later token looks at it.
     mask_BTS |= columns[None, None] == rows[None, :, None]
-    rope = network.rope(jnp.maximum(rows[None] - padding_B[:, None], 0))
+    rope = decoder.rope_at(model, jnp.maximum(rows[None] - padding_B[:, None], 0))
 
     def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         block, keys_BSKH, values_BSKH = layer

@@ -3,12 +3,10 @@
 Shapes: B batch, T tokens, D embed, V vocab, N chunks, C tokens of a chunk.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tlite_jax.model.layers import linear
 
@@ -39,21 +37,10 @@ def token_losses(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Arra
     return losses_NC.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cross_entropy(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk_tokens: int
-) -> tuple[jax.Array, jax.Array]:
-    losses_BT = token_losses(hidden_BTD, head_VD, targets_BT, chunk_tokens=chunk_tokens)
-    return jnp.sum(losses_BT), jnp.sum(targets_BT != IGNORED, dtype=jnp.float32)
-
-
 def cross_entropy(
     hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed loss and number of scored tokens; its gradients are computed with it, a chunk of logits at a time.
-
-    So the backward pass needs no logits, neither kept nor computed again, and the head's gradient is summed over
-    chunks in float32 (the idea of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989).
+    """Summed loss and number of scored tokens.
 
     Args:
       hidden_BTD, head_VD, targets_BT, chunk_tokens: as for `token_losses`.
@@ -61,13 +48,24 @@ def cross_entropy(
     Returns:
       (sum in nats, count), two float32 scalars.
     """
-    return _cross_entropy(hidden_BTD, head_VD, targets_BT, chunk_tokens)
+    return jnp.sum(token_losses(hidden_BTD, head_VD, targets_BT, chunk_tokens=chunk_tokens)), _num_scored(targets_BT)
 
 
-def _forward(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk_tokens: int
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The loss and its gradients, as if its cotangent were 1."""
+def cross_entropy_and_gradients(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`cross_entropy` and the gradients of its sum, computed together, a chunk of logits at a time.
+
+    So no logits are kept or computed again, and the head's gradient is summed over chunks in float32 (the idea of
+    Liger Kernel's fused linear cross-entropy, arXiv 2410.10989).
+
+    Args:
+      hidden_BTD, head_VD, targets_BT, chunk_tokens: as for `token_losses`.
+
+    Returns:
+      (sum in nats, count), two float32 scalars, and the gradients of hidden [B, T, D], in its dtype, and of the
+      head [V, D], float32.
+    """
     hidden_NCD, targets_NC = _chunks(hidden_BTD, targets_BT, chunk_tokens)
 
     def body(carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
@@ -85,21 +83,11 @@ def _forward(
     carry = jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)
     (loss, dhead_VD), dhidden_NCD = jax.lax.scan(body, carry, (hidden_NCD, targets_NC))
     dhidden_BTD = dhidden_NCD.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
-    count = jnp.sum(targets_BT != IGNORED, dtype=jnp.float32)
-    return (loss, count), (dhidden_BTD, dhead_VD, targets_BT)
+    return (loss, _num_scored(targets_BT)), (dhidden_BTD, dhead_VD)
 
 
-def _backward(
-    _: int, residuals: tuple[jax.Array, jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, np.ndarray]:
-    dhidden_BTD, dhead_VD, targets_BT = residuals
-    scale = cotangents[0]
-    dtype = dhidden_BTD.dtype
-    no_gradient = np.zeros(targets_BT.shape, jax.dtypes.float0)
-    return (dhidden_BTD * scale).astype(dtype), (dhead_VD * scale).astype(dtype), no_gradient
-
-
-_cross_entropy.defvjp(_forward, _backward)
+def _num_scored(targets_BT: jax.Array) -> jax.Array:
+    return jnp.sum(targets_BT != IGNORED, dtype=jnp.float32)
 
 
 def _chunks(hidden_BTD: jax.Array, targets_BT: jax.Array, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:

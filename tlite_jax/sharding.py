@@ -5,16 +5,16 @@ multiple of the shard count, so that any number of devices works; the padding is
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tlite_jax.config import MeshConfig
+from tlite_jax.config import ExecutionConfig, MeshConfig
 from tlite_jax.errors import UserError
 
 REPLICA, FSDP = "replica", "fsdp"
@@ -100,46 +100,89 @@ def unpad_params(params: Any, specs: Any) -> Any:
     return map_specs(lambda spec, param: param[tuple(slice(size) for size in spec.shape)], specs, params)
 
 
-def make_gather(axis_sizes: Mapping[str, int], num_shards: int, compute_dtype: str, reduce_dtype: str) -> Callable:
-    """The model's `gather` hook, to be called under shard_map on a mesh with an `fsdp` axis.
+@dataclass(frozen=True)
+class Collectives:
+    """How shards of parameters become whole, and whole gradients shards; to be used under shard_map.
 
-    Casts a shard to the compute dtype, collects the whole from the `fsdp` group and drops the padding. Its transpose
-    casts to the reduce dtype and reduce-scatters over the group, which is where gradients are summed.
+    Attributes:
+      num_shards, num_replicas: sizes of the `fsdp` and `replica` axes.
+      compute_dtype: of gathered parameters, on the wire and in the matmuls.
+      reduce_dtype: of gradients on the wire within an fsdp group.
+      replica_reduce_dtype: of gradients on the wire between replicas.
+    """
+
+    num_shards: int
+    num_replicas: int
+    compute_dtype: str
+    reduce_dtype: str
+    replica_reduce_dtype: str
+
+    @classmethod
+    def of(cls, mesh: Mesh, execution: ExecutionConfig) -> "Collectives":
+        """Those of a mesh, with the dtypes that a config asks for."""
+        return cls(
+            num_shards=mesh.shape[FSDP],
+            num_replicas=mesh.shape[REPLICA],
+            compute_dtype=execution.compute_dtype,
+            reduce_dtype=execution.reduce_dtype,
+            replica_reduce_dtype=execution.replica_reduce_dtype,
+        )
+
+    def gather(self, shards: Any, specs: Any) -> Any:
+        """All-gathers float32 shards over `fsdp`; whole parameters in the compute dtype, without padding."""
+
+        def whole(spec: Spec, shard: jax.Array) -> jax.Array:
+            shard = shard.astype(self.compute_dtype)
+            if self.num_shards == 1:
+                return shard
+            dim = spec.sharded_dim
+            padded = jax.lax.all_gather(shard, FSDP, axis=dim, tiled=True)
+            return jax.lax.slice_in_dim(padded, 0, spec.shape[dim], axis=dim)
+
+        return map_specs(whole, specs, shards)
+
+    def scatter(self, gradients: Any, specs: Any) -> Any:
+        """Reduce-scatters whole gradients over `fsdp`, in the reduce dtype on the wire; float32 shards, padded."""
+
+        def shard(spec: Spec, gradient: jax.Array) -> jax.Array:
+            if self.num_shards == 1:
+                return gradient.astype(jnp.float32)
+            dim = spec.sharded_dim
+            padding = padded_shape(spec, self.num_shards)[dim] - spec.shape[dim]
+            widths = [(0, padding if axis == dim else 0) for axis in range(gradient.ndim)]
+            padded = jnp.pad(gradient.astype(self.reduce_dtype), widths)
+            return jax.lax.psum_scatter(padded, FSDP, scatter_dimension=dim, tiled=True).astype(jnp.float32)
+
+        return map_specs(shard, specs, gradients)
+
+    def accumulate(self, sums: Any, gradients: Any, specs: Any) -> Any:
+        """Shards of sums of gradients, with whole gradients added."""
+        return jax.tree.map(jnp.add, sums, self.scatter(gradients, specs))
+
+    def sum_replicas(self, shards: Any) -> Any:
+        """Sums float32 shards over `replica`, in the replica dtype on the wire."""
+        if self.num_replicas == 1:
+            return shards
+        wire = jax.tree.map(lambda shard: shard.astype(self.replica_reduce_dtype), shards)
+        return jax.tree.map(lambda shard: jax.lax.psum(shard, REPLICA).astype(jnp.float32), wire)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    shape: tuple[int, ...]
+    sharded_dim: int = 0
+
+
+def make_gather(axis_sizes: Mapping[str, int], collectives: Collectives) -> Callable:
+    """The model's `gather` hook: makes an nnx.Param, or every one of a Block, whole. For inference: no gradients.
 
     Args:
       axis_sizes: logical axis -> size (`model.decoder.logical_axes`).
-      num_shards: size of the `fsdp` axis.
-      compute_dtype: of what is gathered, on the wire and in the matmuls.
-      reduce_dtype: of gradients on the wire; the sum is kept in float32.
+      collectives: of the mesh.
     """
 
     def gather_param(param: nnx.Param) -> nnx.Variable:
-        size = axis_sizes[param.axes[0]]
-        return param.replace(_collect(param[...], size, num_shards, compute_dtype, reduce_dtype))
+        shard = param[...]
+        return param.replace(collectives.gather(shard, _Whole((axis_sizes[param.axes[0]], *shard.shape[1:]))))
 
     return lambda part: jax.tree.map(gather_param, part, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-
-
-def _collect(shard: jax.Array, size: int, num_shards: int, compute_dtype: str, reduce_dtype: str) -> jax.Array:
-    """[size padded / num_shards, ...] float32 -> [size, ...] in the compute dtype."""
-    if num_shards == 1:
-        if shard.dtype == compute_dtype:
-            return shard
-        return checkpoint_name(shard.astype(compute_dtype), "gathered_weights")
-    padding = shard.shape[0] * num_shards - size
-
-    def whole(shard: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(shard.astype(compute_dtype), FSDP, axis=0, tiled=True)[:size]
-
-    def forward(shard: jax.Array) -> tuple[jax.Array, None]:
-        # Not a call of collect: that would hide the gather from rematerialisation policies.
-        return whole(shard), None
-
-    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-        gradient = jnp.pad(gradient.astype(reduce_dtype), [(0, padding)] + [(0, 0)] * (gradient.ndim - 1))
-        summed = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=0, tiled=True)
-        return (summed.astype(jnp.float32),)
-
-    collect = jax.custom_vjp(whole)
-    collect.defvjp(forward, backward)
-    return checkpoint_name(collect(shard), "gathered_weights")

@@ -121,7 +121,8 @@ def test_any_mesh_and_any_microbatches_train_as_one_device(replica, fsdp, num_mi
     np.testing.assert_allclose(metrics["loss"], expected["loss"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(metrics["gradient_norm"], expected["gradient_norm"], rtol=2e-5)
     np.testing.assert_array_equal(metrics["tokens"], expected["tokens"])
-    np.testing.assert_array_equal(metrics["learning_rate"], expected["learning_rate"])
+    # Two programs may round a cosine differently, by one unit in the last place.
+    np.testing.assert_allclose(metrics["learning_rate"], expected["learning_rate"], rtol=1e-7, atol=0)
     final, moments = jax.tree.map(np.asarray, (state.params, state.optimizer))
     assert max_difference(unpad_params(final, SPECS), expected_state.params) < 5e-5
     assert max_difference(unpad_params(moments.mu, SPECS), expected_state.optimizer.mu) < 1e-6

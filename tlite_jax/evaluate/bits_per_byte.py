@@ -22,7 +22,7 @@ from tlite_jax.config import ExecutionConfig, ModelConfig
 from tlite_jax.data.buckets import HeldOutBucket, HeldOutDocument
 from tlite_jax.loss import IGNORED, token_losses
 from tlite_jax.model import attention, decoder
-from tlite_jax.sharding import BATCH_SPEC, FSDP, make_gather, partition_specs
+from tlite_jax.sharding import BATCH_SPEC, Collectives, make_gather, partition_specs
 
 Rows = dict[str, np.ndarray]  # tokens, targets, segment_ids: [R, T] int32
 
@@ -210,14 +210,14 @@ def _first_fit(windows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Row
 def _row_losses_fn(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
     """(params, batch) -> summed nats of each row, float32 [B], on every device."""
     graphdef = decoder.graphdef(model)
-    gather = make_gather(decoder.logical_axes(model), mesh.shape[FSDP], execution.compute_dtype, execution.reduce_dtype)
+    gather = make_gather(decoder.logical_axes(model), Collectives.of(mesh, execution))
     # Rows hold several documents, so the backend must have document masks.
     platform = mesh.devices.flat[0].platform
     attend = attention.select("auto", platform=platform, dtype=execution.compute_dtype, document_masking=True)
 
     def local(params: Any, batch: Any) -> jax.Array:
         hidden_BTD, head_VD = nnx.merge(graphdef, params)(
-            batch["tokens"], batch["segment_ids"], gather=gather, attend=attend, remat="none"
+            batch["tokens"], batch["segment_ids"], gather=gather, attend=attend
         )
         losses_BT = token_losses(hidden_BTD, head_VD, batch["targets"], chunk_tokens=execution.loss_chunk_tokens)
         return jnp.sum(losses_BT, axis=1)

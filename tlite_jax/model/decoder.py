@@ -6,14 +6,13 @@ shards), inside the rematerialised block, so that at most a block or two exist w
 Shapes: B batch, T tokens, D embed, N heads, K kv heads, H head_dim, F mlp, V vocab, L layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from tlite_jax.config import ModelConfig
 from tlite_jax.model import attention
@@ -23,27 +22,6 @@ from tlite_jax.model.layers import apply_rope, linear, rms_norm, rope_frequencie
 Params = dict[str, Any]  # nested dict of arrays; see `param_specs`
 PartT = TypeVar("PartT")
 Gather = Callable[[PartT], PartT]  # on an nnx.Param or a Block
-
-GATHERED = "gathered_weights"  # checkpoint_name of what `gather` collects: never kept for the backward pass
-ATTENDED = "attended"  # checkpoint_name of attention's output
-
-# What `gather` is made of. Not to keep the named value is not enough: its input would be kept instead.
-_GATHERING = ("convert_element_type", "all_gather", "slice")
-
-
-def _all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    return primitive.name not in _GATHERING and params.get("name") != GATHERED
-
-
-REMAT_POLICIES: Mapping[str, Callable[..., Any]] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
-    "none": _all_but_gathered_weights,
-}
-
 
 def _identity(part: PartT) -> PartT:
     return part
@@ -58,6 +36,11 @@ def logical_axes(config: ModelConfig) -> dict[str, int]:
         "kv_heads": config.num_key_value_heads * config.head_dim,
         "mlp": config.intermediate_size,
     }
+
+
+def rope_at(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotation tables of the given positions."""
+    return rope_tables(positions_BT, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
 
 
 class _Initializer:
@@ -127,7 +110,7 @@ class Block(nnx.Module):
         """Returns [B, T, D]."""
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rope)
         attended_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        return self.finish(x_BTD, checkpoint_name(attended_BTNH, ATTENDED))
+        return self.finish(x_BTD, attended_BTNH)
 
 
 class Decoder(nnx.Module):
@@ -143,11 +126,6 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = init.matrix("vocab", "embed")
 
-    def rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rotation tables of the given positions."""
-        config = self.config
-        return rope_tables(positions_BT, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -155,7 +133,6 @@ class Decoder(nnx.Module):
         *,
         gather: Gather = _identity,
         attend: Attend = attention.xla,
-        remat: str = "none",
     ) -> tuple[jax.Array, jax.Array]:
         """Runs the model up to, but not including, the product with the head.
 
@@ -164,20 +141,17 @@ class Decoder(nnx.Module):
           segment_ids_BT: [B, T] int32 or None; attention stays inside equal ids.
           gather: makes a Block or an nnx.Param ready to compute with.
           attend: the attention.
-          remat: a key of REMAT_POLICIES.
 
         Returns:
           The normed hidden states [B, T, D] and the head [V, D], both in the dtype that `gather` gives;
           logits are `linear(hidden, head)`.
         """
         embedding = gather(self.embedding)
-        rope = self.rope(jnp.arange(tokens_BT.shape[1])[None])
+        rope = rope_at(self.config, jnp.arange(tokens_BT.shape[1])[None])
 
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return gather(block)(x_BTD, rope, segment_ids_BT, attend=attend), None
 
-        # prevent_cse=False: inside a scan the barriers are not needed, and they keep backward gathers from overlapping.
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x_BTD, _ = jax.lax.scan(body, embedding[...][tokens_BT], self.blocks)
         hidden_BTD = rms_norm(x_BTD, gather(self.final_norm)[...], self.config.rms_norm_eps)
         head = embedding if self.config.tie_word_embeddings else gather(self.head)
@@ -204,6 +178,17 @@ def _abstract(config: ModelConfig) -> Decoder:
 def graphdef(config: ModelConfig) -> nnx.GraphDef:
     """The decoder without its parameters: `nnx.merge(graphdef(config), params)` is a Decoder."""
     return nnx.split(_abstract(config), nnx.Param)[0]
+
+
+def block_graphdef(config: ModelConfig) -> nnx.GraphDef:
+    """One Block without its parameters: `nnx.merge(block_graphdef(config), weights)` is a Block."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
+
+
+def block_specs(config: ModelConfig) -> dict[str, Any]:
+    """The ParamSpecs of one Block's parameters, without the dim that stacks the layers."""
+    stacked = param_specs(config)["blocks"]
+    return {name: ParamSpec(spec.shape[1:], spec.axes) for name, spec in stacked.items()}
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:

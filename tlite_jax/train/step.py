@@ -1,8 +1,6 @@
 """One optimizer step as one program: gradients under shard_map, the update on sharded arrays.
 
-The collectives are written out. In each microbatch every layer's weights are gathered over `fsdp` inside its
-rematerialised block and their gradients reduce-scattered by its transpose; shards of gradients accumulate in float32;
-after the last microbatch they are summed over `replica`, once. Losses are sums, divided once by the global count.
+`train.gradients` writes the collectives out. Losses are sums, divided once by the global count.
 
 Shapes: B sequences of the step, T tokens.
 """
@@ -12,19 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlite_jax import optimizer as adamw
 from tlite_jax.config import ExecutionConfig, ModelConfig, OptimizerConfig
 from tlite_jax.errors import UserError
-from tlite_jax.loss import cross_entropy
 from tlite_jax.model import attention, decoder
 from tlite_jax.optimizer import Schedule
-from tlite_jax.sharding import BATCH_SPEC, FSDP, REPLICA, make_gather, partition_specs
+from tlite_jax.sharding import BATCH_SPEC, FSDP, REPLICA, Collectives, partition_specs
+from tlite_jax.train.gradients import Batch, Gradients
 from tlite_jax.train.state import TrainState, abstract_state, shardings
 
-Batch = dict[str, jax.Array]  # tokens, targets and, with document masking, segment_ids: [B, T] int32
 Metrics = dict[str, jax.Array]  # scalars
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -41,49 +37,20 @@ def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int) -> None:
         )
 
 
-def summed_loss_fn(
+def make_gradients(
     model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """(params, batch) -> (summed loss, scored tokens) of the rows one device holds, to be called under shard_map."""
-    graphdef = decoder.graphdef(model)
-    gather = make_gather(decoder.logical_axes(model), mesh.shape[FSDP], execution.compute_dtype, execution.reduce_dtype)
+) -> Callable[[Any, Batch], tuple[Any, jax.Array, jax.Array]]:
+    """(params, batch) -> (gradient of the summed loss, summed loss, scored tokens), summed over the whole batch."""
     attend = attention.select(
         execution.attention,
         platform=mesh.devices.flat[0].platform,
         dtype=execution.compute_dtype,
         document_masking=document_masking,
     )
-
-    def summed_loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        hidden_BTD, head_VD = nnx.merge(graphdef, params)(
-            batch["tokens"], batch.get("segment_ids"), gather=gather, attend=attend, remat=execution.remat
-        )
-        return cross_entropy(hidden_BTD, head_VD, batch["targets"], chunk_tokens=execution.loss_chunk_tokens)
-
-    return summed_loss
-
-
-def make_gradients(
-    model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool
-) -> Callable[[Any, Batch], tuple[Any, jax.Array, jax.Array]]:
-    """(params, batch) -> (gradient of the summed loss, summed loss, scored tokens), summed over the whole batch."""
-    gradient_fn = jax.value_and_grad(summed_loss_fn(model, execution, mesh, document_masking), has_aux=True)
+    gradients_of = Gradients(model, execution, Collectives.of(mesh, execution), attend)
 
     def local_gradients(params: Any, batch: Batch) -> tuple[Any, jax.Array, jax.Array]:
-        k = execution.num_microbatches
-        if k == 1:
-            (loss, count), gradients = gradient_fn(params, batch)
-        else:
-            microbatches = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
-
-            def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
-                (loss, count), gradients = gradient_fn(params, microbatch)
-                return jax.tree.map(jnp.add, sums, (gradients, loss, count)), None
-
-            zeros = jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0)
-            (gradients, loss, count), _ = jax.lax.scan(accumulate, zeros, microbatches)
-        if mesh.shape[REPLICA] > 1:
-            gradients = jax.tree.map(lambda gradient: jax.lax.psum(gradient, REPLICA), gradients)
+        gradients, loss, count = gradients_of(params, batch)
         return gradients, jax.lax.psum(loss, (REPLICA, FSDP)), jax.lax.psum(count, (REPLICA, FSDP))
 
     specs = partition_specs(decoder.param_specs(model))

@@ -1,0 +1,221 @@
+"""Reads the text of a compiled, scheduled HLO module: its instructions, loops, products and replica groups."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
+DTYPE_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array's type: XLA's short dtype and its dims."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements, without padding."""
+        bits = re.search(r"\d+", self.dtype)
+        width = DTYPE_BYTES[self.dtype] if self.dtype in DTYPE_BYTES else int(bits[0]) / 8 if bits else 4
+        return math.ceil(self.size * width)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; operands are names of others of the same computation."""
+
+    name: str
+    opcode: str
+    type_text: str
+    operands: tuple[str, ...]
+    text: str
+
+    @cached_property
+    def results(self) -> tuple[Array, ...]:
+        """Every array in the result, tuples flattened."""
+        return arrays(self.type_text)
+
+    @property
+    def called(self) -> list[tuple[str, str]]:
+        """(role, computation) of everything it calls."""
+        pairs = _CALLED.findall(self.text)
+        if branches := _BRANCHES.search(self.text):
+            pairs += [("branch", name.strip().lstrip("%")) for name in branches[1].split(",")]
+        return pairs
+
+    def attribute(self, pattern: str) -> str | None:
+        """The first group of a pattern found in the instruction's text, if any."""
+        found = re.search(pattern, self.text)
+        return found[1] if found else None
+
+
+def arrays(text: str) -> tuple[Array, ...]:
+    """Every array type in a text."""
+    return tuple(
+        Array(dtype, tuple(int(size) for size in dims.split(",") if size)) for dtype, dims in _ARRAY.findall(text)
+    )
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Instructions in their scheduled order."""
+
+    name: str
+    instructions: list[Instruction] = field(default_factory=list)
+
+    @cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """Instruction name -> instruction."""
+        return {instruction.name: instruction for instruction in self.instructions}
+
+
+class Module:
+    """A compiled module."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, Computation] = {}
+        self.entry = ""
+        current: Computation | None = None
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                current = self.computations.setdefault(header[2], Computation(header[2]))
+                self.entry = header[2] if header[1] else self.entry
+            elif current and (found := _INSTRUCTION.match(line)):
+                name, type_text, opcode, rest = found.groups()
+                operands = tuple(re.findall(r"%([\w.\-]+)", rest[: _closing(rest)]))
+                current.instructions.append(Instruction(name, opcode, type_text, operands, line))
+        if not self.entry:
+            raise ValueError("not the text of an HLO module: it has no entry computation")
+        self._flops: dict[str, float] = {}
+
+    def trip_count(self, loop: Instruction) -> int:
+        """Iterations of a while loop: what XLA notes on it, or the constant that its condition compares with.
+
+        Raises:
+          ValueError: neither is there.
+        """
+        if known := loop.attribute(r'known_trip_count"?:\{"?n"?:"?(\d+)'):
+            return int(known)
+        condition = dict(loop.called)["condition"]
+        bounds = {
+            int(value)
+            for instruction in self._reachable(condition)
+            if instruction.opcode == "constant" and (value := instruction.attribute(r"constant\((\d+)\)"))
+        }
+        if len(bounds) != 1:
+            raise ValueError(f"{loop.name}: cannot tell how often it runs; its condition names {sorted(bounds)}")
+        return bounds.pop()
+
+    def _reachable(self, name: str) -> Iterator[Instruction]:
+        for instruction in self.computations[name].instructions:
+            yield instruction
+            for _, callee in instruction.called:
+                yield from self._reachable(callee)
+
+    def flops(self, instruction: Instruction, computation: Computation) -> float:
+        """FLOPs of matrix products that one execution of an instruction takes, trips of its loops included."""
+        if instruction.opcode == "dot":
+            return _dot_flops(instruction, computation)
+        if instruction.opcode == "convolution":
+            return _convolution_flops(instruction, computation)
+        if instruction.opcode == "custom-call":
+            return _gemm_flops(instruction, computation)
+        trips = self.trip_count(instruction) if instruction.opcode == "while" else 1
+        return trips * sum(self.computation_flops(callee) for role, callee in instruction.called if role != "condition")
+
+    def computation_flops(self, name: str) -> float:
+        """FLOPs of matrix products in one execution of a computation."""
+        if name not in self._flops:
+            computation = self.computations[name]
+            self._flops[name] = sum(self.flops(instruction, computation) for instruction in computation.instructions)
+        return self._flops[name]
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis closes that was opened before the text."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(number) for number in (text or "").split(",") if number]
+
+
+def _dot_flops(instruction: Instruction, computation: Computation) -> float:
+    left = computation.by_name[instruction.operands[0]].results[0]
+    contracted = _numbers(instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+    return 2.0 * instruction.results[0].size * math.prod(left.dims[dim] for dim in contracted)
+
+
+def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
+    """TPUs write products so: what is summed over is the kernel's input features and its window."""
+    kernel = computation.by_name[instruction.operands[1]].results[0]
+    labels = instruction.attribute(r"dim_labels=\w+_(\w+)->")
+    window = math.prod(int(size) for size in (instruction.attribute(r"window=\{size=([\dx]+)") or "1").split("x"))
+    features = kernel.dims[labels.index("i")] if labels else 1
+    batches = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
+    return 2.0 * instruction.results[0].size * features * window / batches
+
+
+def _gemm_flops(instruction: Instruction, computation: Computation) -> float:
+    """A product that XLA gave to cuBLAS: its dimension numbers are in the backend's config."""
+    if (
+        "gemm" not in (instruction.attribute(r'custom_call_target="([^"]*)"') or "")
+        and "$matmul" not in instruction.text
+    ):
+        return 0.0
+    left = computation.by_name[instruction.operands[0]].results[0]
+    contracted = _numbers((instruction.attribute(r'lhs_contracting_dimensions":\[([^\]]*)\]') or "").replace('"', ""))
+    return 2.0 * instruction.results[0].size * math.prod(left.dims[dim] for dim in contracted)
+
+
+def replica_groups(text: str) -> np.ndarray:
+    """The groups of devices of a collective, [groups, members], from any form in which XLA writes them.
+
+    `{{0,1},{2,3}}`; `[groups,members]<=[dims]T(permutation)`, a transposed count; `mesh['a'=2,'b'=4] {'b'}`, all
+    devices that differ along the named axes, with the order of devices as another transposed count.
+    """
+    if explicit := re.match(r"\{(\{[\d,{} ]*\})\}", text):
+        return np.array([_numbers(row.replace(" ", "")) for row in re.findall(r"\{([\d, ]+)\}", explicit[1])])
+    if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((\[.*?)\))? \{([^}]*)\}", text):
+        axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
+        names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
+        ids = _counted(mesh[2]) if mesh[2] else np.arange(math.prod(sizes))
+        along = [names.index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
+        across = [axis for axis in range(len(sizes)) if axis not in along]
+        members = math.prod(sizes[axis] for axis in along)
+        return ids.reshape(sizes).transpose(across + along).reshape(-1, members)
+    counted = re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
+    if not counted:
+        raise ValueError(f"replica groups in a form not known: {text[:80]}")
+    return _counted(counted[2]).reshape(_numbers(counted[1]))
+
+
+def _counted(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: 0, 1, 2.. in that shape, transposed."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?", text)
+    assert found
+    ids = np.arange(math.prod(_numbers(found[1]))).reshape(_numbers(found[1]))
+    return ids.transpose(_numbers(found[2])) if found[2] else ids

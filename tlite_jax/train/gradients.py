@@ -1,0 +1,109 @@
+"""Gradients of a step: forward and backward written out, as one device executes them under `shard_map`.
+
+    for each microbatch:
+        embed, layers forward, loss, layers backward (train.layers), the embedding's gradient
+
+The embedding and the head are gathered once each, shards of gradients are summed in float32 in one buffer, and the
+last microbatch also sums them over replicas.
+
+Shapes: B sequences of a microbatch, T tokens, D embed, V vocab.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlite_jax.config import ExecutionConfig, ModelConfig
+from tlite_jax.loss import cross_entropy_and_gradients
+from tlite_jax.model import decoder
+from tlite_jax.model.attention import Attend
+from tlite_jax.model.layers import rms_norm
+from tlite_jax.sharding import Collectives
+from tlite_jax.train.layers import Layers, Sum, Tree
+
+Batch = dict[str, jax.Array]  # tokens, targets and, with document masking, segment_ids: [B, T] int32
+Sums = tuple[Tree, jax.Array, jax.Array]  # float32 shards of gradients; loss and scored tokens of this device's rows
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Computes gradients of the summed loss on one device of a mesh.
+
+    Attributes:
+      model, execution: sections of the run's config.
+      collectives: of the mesh.
+      attend: attention.
+    """
+
+    model: ModelConfig
+    execution: ExecutionConfig
+    collectives: Collectives
+    attend: Attend
+
+    def __call__(self, params: Tree, batch: Batch) -> Sums:
+        """Gradients of all microbatches, summed over all devices.
+
+        Args:
+          params: float32 shards.
+          batch: the rows of this device; microbatches are consecutive rows.
+        """
+        k = self.execution.num_microbatches
+        sums = jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0)
+        if k == 1:
+            return self._microbatch(params, sums, batch, last=True)
+        microbatches = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
+        # The last one is a program of its own only where it has replicas to sum over.
+        num_alike = k if self.collectives.num_replicas == 1 else k - 1
+        sums, _ = jax.lax.scan(
+            lambda sums, microbatch: (self._microbatch(params, sums, microbatch, last=False), None),
+            sums,
+            jax.tree.map(lambda x: x[:num_alike], microbatches),
+        )
+        if num_alike < k:
+            sums = self._microbatch(params, sums, jax.tree.map(lambda x: x[-1], microbatches), last=True)
+        return sums
+
+    def _microbatch(self, params: Tree, sums: Sums, batch: Batch, *, last: bool) -> Sums:
+        """Adds one microbatch to the sums; with the last they are complete."""
+        gradients, loss, count = sums
+        collectives, specs = self.collectives, decoder.param_specs(self.model)
+        layers = Layers(self.model, collectives, self.attend, self.execution.remat)
+        rope = decoder.rope_at(self.model, jnp.arange(batch["tokens"].shape[1])[None])
+        tied = self.model.tie_word_embeddings
+        names = ("final_norm",) if tied else ("final_norm", "head")
+        head_specs = _only(specs, names)
+
+        embedding_VD = collectives.gather(params["embedding"], specs["embedding"])
+        x_BTD, forward = layers.forward(params["blocks"], embedding_VD[batch["tokens"]], rope, batch.get("segment_ids"))
+        head = collectives.gather(_only(params, names), head_specs)
+        normed_BTD, normed_vjp = jax.vjp(
+            lambda x, scale: rms_norm(x, scale, self.model.rms_norm_eps), x_BTD, head["final_norm"]
+        )
+        (loss_sum, num_scored), (dnormed_BTD, dhead_VD) = cross_entropy_and_gradients(
+            normed_BTD,
+            embedding_VD if tied else head["head"],
+            batch["targets"],
+            chunk_tokens=self.execution.loss_chunk_tokens,
+        )
+        dx_BTD, dfinal_norm = normed_vjp(dnormed_BTD)
+        dx_BTD, block_sums, head_sums = layers.backward(
+            params["blocks"],
+            gradients["blocks"],
+            Sum(_only(gradients, names), head_specs),
+            _only({"final_norm": dfinal_norm, "head": dhead_VD}, names),
+            forward,
+            dx_BTD,
+            last=last,
+        )
+        dembedding_VD = dhead_VD if tied else jnp.zeros(embedding_VD.shape, jnp.float32)
+        dembedding_VD = dembedding_VD.at[batch["tokens"]].add(dx_BTD.astype(jnp.float32))
+        embedding_sum = collectives.accumulate(gradients["embedding"], dembedding_VD, specs["embedding"])
+        if last:
+            embedding_sum = collectives.sum_replicas(embedding_sum)
+        return {**head_sums, "blocks": block_sums, "embedding": embedding_sum}, loss + loss_sum, count + num_scored
+
+
+def _only(tree: Tree, names: tuple[str, ...]) -> Tree:
+    return {name: tree[name] for name in names}

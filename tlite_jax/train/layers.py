@@ -1,0 +1,177 @@
+"""The layers forward and backward, with the collectives of FSDP hybrid shard where they cost nothing.
+
+A layer computes with weights gathered over `fsdp` while its neighbour computed. Backward is a pipeline of three
+stages: while one layer's gradients are computed, those of the layer before are reduce-scattered over `fsdp`, and, in
+a step's last microbatch, those of the layer before that are summed over `replica`. So no matrix product waits for
+the network, and at most two layers' weights exist whole. It runs on each device, under `shard_map`.
+
+Shapes: B sequences of a microbatch, T tokens, D embed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tlite_jax.config import ModelConfig
+from tlite_jax.model import decoder
+from tlite_jax.model.attention import Attend
+from tlite_jax.model.remat import remat
+from tlite_jax.sharding import Collectives
+
+Tree = Any  # a nested dict of arrays, or of shards of them
+
+
+class Sum(NamedTuple):
+    """Shards of a sum of gradients, float32, and what sharding knows of each."""
+
+    shards: Tree
+    specs: Tree
+
+
+class Forward(NamedTuple):
+    """What the forward pass hands to the backward pass.
+
+    Attributes:
+      saved: of every layer, stacked, what its backward pass needs but for weights (a `jax.vjp` without them).
+      weights: the last layer's, whole.
+      constants: the layers' arguments that are the same for all.
+    """
+
+    saved: Any
+    weights: Tree
+    constants: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The decoder's blocks on one device of a mesh.
+
+    Attributes:
+      model: the shape.
+      collectives: of the mesh.
+      attend: attention.
+      remat: a name that `model.remat` knows.
+    """
+
+    model: ModelConfig
+    collectives: Collectives
+    attend: Attend
+    remat: str
+
+    def forward(
+        self, blocks: Tree, x_BTD: jax.Array, rope: Any, segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array, Forward]:
+        """Runs all layers.
+
+        Args:
+          blocks: float32 shards, layers stacked.
+          x_BTD: [B, T, D] in the compute dtype.
+          rope: from `decoder.rope_at`.
+          segment_ids_BT: [B, T] int32 or None.
+
+        Returns:
+          x after the last layer, and what `backward` needs.
+        """
+        top, apply = self.model.num_hidden_layers - 1, self._apply()
+
+        def body(carry: tuple[jax.Array, Tree], layer: jax.Array) -> tuple[tuple[jax.Array, Tree], Any]:
+            x_BTD, weights = carry
+            # The last layer's weights are gathered twice: the backward pass begins with them.
+            following = self._gather(blocks, jnp.minimum(layer + 1, top))
+            x_BTD, vjp = jax.vjp(apply, weights, x_BTD, rope, segment_ids_BT)
+            # A vjp keeps its arguments; of these only x is worth keeping.
+            vjp.args_res[0], vjp.args_res[2:] = None, [None, None]
+            return (x_BTD, following), vjp
+
+        carry = x_BTD, self._gather(blocks, 0)
+        (x_BTD, weights), saved = jax.lax.scan(body, carry, jnp.arange(top + 1))
+        return x_BTD, Forward(saved, weights, (rope, segment_ids_BT))
+
+    def backward(
+        self, blocks: Tree, sums: Tree, head: Sum, dhead: Tree, forward: Forward, dx_BTD: jax.Array, *, last: bool
+    ) -> tuple[jax.Array, Tree, Tree]:
+        """Runs all layers backward and adds their gradients to sums; the head's enter the pipeline before them.
+
+        Args:
+          blocks: as for `forward`.
+          sums: float32 shards of gradients, layers stacked.
+          head: sums of gradients of what follows the layers.
+          dhead: its whole gradients of this microbatch.
+          forward: from `forward`.
+          dx_BTD: the gradient of the last layer's output.
+          last: whether the sums are complete with this microbatch, to be summed over replicas.
+
+        Returns:
+          The gradient of the first layer's input, the new sums, and the head's.
+        """
+        top = self.model.num_hidden_layers - 1
+        collectives, specs = self.collectives, decoder.block_specs(self.model)
+        over_replicas = last and collectives.num_replicas > 1
+
+        def body(carry: tuple, layer: Any, *, num_behind: int = 2, gathers: bool = True) -> tuple[tuple, None]:
+            """One layer's backward pass, with `num_behind` layers in the pipeline behind it."""
+            dx_BTD, weights, gradients, sums = carry
+            preceding = self._gather(blocks, layer - 1) if gathers else None
+            # Read behind a barrier: XLA would fuse reading with later writing, and copy all sums to make that safe.
+            incomplete, complete = jax.lax.optimization_barrier((_index(sums, layer + 1), _index(sums, layer + 2)))
+            if num_behind > 1 and over_replicas:
+                sums = _update(sums, layer + 2, collectives.sum_replicas(complete))
+            if num_behind > 0:
+                sums = _update(sums, layer + 1, collectives.accumulate(incomplete, gradients, specs))
+            vjp = _index(forward.saved, layer)
+            vjp.args_res[0], vjp.args_res[2:] = weights, list(forward.constants)
+            gradients, dx_BTD = vjp(dx_BTD)[:2]
+            return (dx_BTD, preceding, gradients, sums), None
+
+        def reduce_head(stage: int, head_sums: Tree, dx_BTD: jax.Array) -> tuple[Tree, jax.Array]:
+            """The head's part of a stage. The barrier holds it there: XLA would rather keep dhead to the end."""
+            if stage == 0:
+                head_sums = collectives.accumulate(head_sums, dhead, head.specs)
+            elif over_replicas:
+                head_sums = collectives.sum_replicas(head_sums)
+            return jax.lax.optimization_barrier((head_sums, dx_BTD))
+
+        # The upper layers fill the pipeline; the bottom one has none below it to gather.
+        num_filling = min(2 if over_replicas else 1, top)
+        carry, head_sums = (dx_BTD, forward.weights, None, sums), head.shards
+        for stage in range(num_filling):
+            carry, _ = body(carry, top - stage, num_behind=stage)
+            head_sums, dx_BTD = reduce_head(stage, head_sums, carry[0])
+            carry = dx_BTD, *carry[1:]
+        if num_filling < top:
+            carry, _ = jax.lax.scan(body, carry, jnp.arange(top - num_filling, 0, -1))
+        (dx_BTD, _, gradients, sums), _ = body(carry, 0, num_behind=min(top, 2), gathers=False)
+        for stage in range(num_filling, 2):
+            head_sums, dx_BTD = reduce_head(stage, head_sums, dx_BTD)
+        sums = _update(sums, 0, collectives.accumulate(_index(sums, 0), gradients, specs))
+        for layer in range(min(top, 1), -1, -1) if over_replicas else ():
+            sums = _update(sums, layer, collectives.sum_replicas(_index(sums, layer)))
+        return dx_BTD, sums, head_sums
+
+    def _apply(self) -> Callable[..., jax.Array]:
+        """(weights, x, rope, segment ids) -> x of one layer."""
+        graphdef = decoder.block_graphdef(self.model)
+
+        def apply(weights: Tree, x_BTD: jax.Array, rope: Any, segment_ids_BT: jax.Array | None) -> jax.Array:
+            return nnx.merge(graphdef, weights)(x_BTD, rope, segment_ids_BT, attend=self.attend)
+
+        return remat(apply, self.remat)
+
+    def _gather(self, blocks: Tree, layer: jax.Array | int) -> Tree:
+        return self.collectives.gather(_index(blocks, layer), decoder.block_specs(self.model))
+
+
+def _index(stacked: Tree, layer: Any) -> Tree:
+    """One layer of a stack."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked)
+
+
+def _update(stacked: Tree, layer: Any, values: Tree) -> Tree:
+    """The stack with one layer replaced."""
+    return jax.tree.map(
+        lambda leaf, value: jax.lax.dynamic_update_index_in_dim(leaf, value, layer, 0), stacked, values
+    )
