@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import jax
@@ -5,60 +6,21 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK, quick_jit
+from attention_reference import inputs, reference, with_gradients
+from helpers import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlite_jax.model import attention
+from tlite_jax.errors import UserError
+from tlite_jax.model import attention, attention_xla
 
-CHUNK = 16
+CHUNK, SPANS = 8, 2
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(attention, "LARGEST_CHUNK", CHUNK)
-
-
-def inputs(*, length, heads, kv_heads, documents, seed=0, rows=2, head_dim=6):
-    rng = np.random.default_rng(seed)
-    q, upstream = (rng.normal(size=(rows, length, heads, head_dim)) for _ in range(2))
-    k, v = (rng.normal(size=(rows, length, kv_heads, head_dim)) for _ in range(2))
-    segments = None
-    if documents:
-        starts = rng.random((rows, length)) < 0.15
-        segments = np.cumsum(starts, axis=1, dtype=np.int32) + 1
-        segments[:, length - length // 7 :] = 0
-    return q, k, v, segments, upstream
-
-
-def reference(q, k, v, segments, upstream):
-    """Attention and its gradients in float64, a head at a time. Returns output, dq, dk, dv."""
-    rows, length, heads, head_dim = q.shape
-    group = heads // k.shape[2]
-    output, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for row in range(rows):
-        seen = np.tril(np.ones((length, length), bool))
-        if segments is not None:
-            seen &= segments[row][:, None] == segments[row][None, :]
-        for head in range(heads):
-            keys, values = k[row, :, head // group], v[row, :, head // group]
-            scores = np.where(seen, q[row, :, head] @ keys.T / np.sqrt(head_dim), -np.inf)
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weights /= weights.sum(axis=1, keepdims=True)
-            output[row, :, head] = weights @ values
-            d_output = upstream[row, :, head]
-            d_weights = d_output @ values.T
-            d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=1, keepdims=True)) / np.sqrt(head_dim)
-            dq[row, :, head] = d_scores @ keys
-            dk[row, :, head // group] += d_scores.T @ q[row, :, head]
-            dv[row, :, head // group] += weights.T @ d_output
-    return output, dq, dk, dv
-
-
-@partial(jax.jit, static_argnames="attend", compiler_options=QUICK)
-def with_gradients(attend, q, k, v, segments, upstream):
-    output, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
-    return output, *pullback(upstream)
+    monkeypatch.setattr(attention_xla, "CHUNK", CHUNK)
+    monkeypatch.setattr(attention_xla, "MOST_SPANS", SPANS)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -92,7 +54,7 @@ def test_bfloat16_sums_in_float32():
 
 def test_chunked_attention_never_holds_all_scores():
     """The largest array, forward and backward, is a chunk of queries over the keys."""
-    length = 8 * CHUNK
+    length = 16 * CHUNK
     q, k, v, _, upstream = inputs(length=length, heads=2, kv_heads=1, documents=False)
 
     def largest(attend):
@@ -101,6 +63,15 @@ def test_chunked_attention_never_holds_all_scores():
 
     assert largest(attention.xla) == 2 * 2 * length * length
     assert largest(attention.xla_chunked) == 2 * 2 * CHUNK * length
+
+
+def test_chunks_are_not_in_memory_at_once():
+    def temporaries(attend, length):
+        arrays = inputs(length=length, heads=2, kv_heads=1, documents=True, rows=1)
+        return with_gradients.lower(attend, *arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(attention.xla_chunked, 1024) < 2.2 * temporaries(attention.xla_chunked, 512)
+    assert temporaries(attention.xla, 1024) > 3.5 * temporaries(attention.xla, 512)
 
 
 def _values(jaxpr):
@@ -137,22 +108,76 @@ def compiled_attention(q, k, v, segments):
     return attention.xla_chunked(q, k, v, segments)
 
 
-def test_auto_takes_cudnn_only_where_it_works():
-    def select(platform, dtype, masking):
-        return attention.select("auto", platform=platform, dtype=dtype, document_masking=masking)
-
-    assert select("gpu", "bfloat16", False) is attention.cudnn
-    assert select("cuda", "bfloat16", False) is attention.cudnn
-    assert select("gpu", "float32", False) is attention.xla_chunked
-    assert select("gpu", "bfloat16", True) is attention.xla_chunked
-    assert select("cpu", "bfloat16", False) is attention.xla_chunked
-    assert select("tpu", "bfloat16", False) is attention.xla_chunked
-    for name, backend in attention.BACKENDS.items():
-        chosen = attention.select(name, platform="cpu", dtype="float32", document_masking=True)
-        assert chosen is backend
+def select(name, platform, *, dtype="bfloat16", documents=False, **shape):
+    return attention.select(name, platform=platform, dtype=dtype, document_masking=documents, **shape)
 
 
-def test_cudnn_refuses_document_masks_and_names_the_mend():
-    q, k, v, segments, _ = inputs(length=8, heads=2, kv_heads=1, documents=True)
-    with pytest.raises(ValueError, match="use xla_chunked or auto"):
-        attention.cudnn(q, k, v, segments)
+GPU = {"sequence_length": 8192, "head_dim": 128, "compute_capability": "8.0"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "options", "expected"),
+    [
+        ("cuda", GPU, "cudnn"),
+        ("gpu", {"documents": True, **GPU}, "pallas_triton"),
+        ("cuda", {"documents": True, **GPU, "compute_capability": "9.0"}, "pallas_triton"),
+        ("cuda", {"documents": True, **GPU, "sequence_length": 8200}, "xla_chunked"),
+        ("cuda", {"documents": True, **GPU, "head_dim": 256}, "xla_chunked"),
+        ("cuda", {"documents": True, **GPU, "compute_capability": "7.0"}, "xla_chunked"),
+        ("cuda", {**GPU, "compute_capability": "7.0"}, "xla_chunked"),
+        ("gpu", {**GPU, "compute_capability": "gfx942"}, "xla_chunked"),
+        ("cuda", {"dtype": "float32", **GPU}, "xla_chunked"),
+        ("cuda", {"dtype": "float32", "documents": True, **GPU}, "xla_chunked"),
+        ("tpu", {"sequence_length": 8192}, "splash"),
+        ("tpu", {"sequence_length": 8192, "documents": True}, "splash"),
+        ("tpu", {"sequence_length": 8192, "dtype": "float32"}, "splash"),
+        ("tpu", {"sequence_length": 8200, "documents": True}, "xla_chunked"),
+        ("cpu", {"sequence_length": 8192, "documents": True}, "xla_chunked"),
+        ("cpu", {"sequence_length": 8192}, "xla_chunked"),
+        # What is not said: a shape is not relied on, a new enough GPU is.
+        ("gpu", {}, "cudnn"),
+        ("gpu", {"documents": True}, "xla_chunked"),
+        ("tpu", {}, "xla_chunked"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can(platform, options, expected):
+    assert attention.backend_name(select("auto", platform, **options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "options", "message"),
+    [
+        ("cudnn", "cpu", {}, "does not run on cpu, only on gpu; use auto or xla_chunked"),
+        ("cudnn", "cuda", {"documents": True}, "has no document masks; use auto, or data.document_masking=false"),
+        ("cudnn", "cuda", {"dtype": "float32"}, "set execution.compute_dtype=bfloat16, or use auto"),
+        ("cudnn", "cuda", {"compute_capability": "7.5"}, "needs compute capability 8.0, not 7.5; use auto"),
+        ("cudnn", "cuda", {"head_dim": 60}, "a head_dim of a multiple of 8 from 8 to 128, not 60; use auto"),
+        (
+            "pallas_triton",
+            "cuda",
+            {"sequence_length": 1000},
+            "multiple of 128 tokens, not 1000: change data.sequence_l",
+        ),
+        ("pallas_triton", "tpu", {}, "does not run on tpu, only on gpu"),
+        ("tokamax_mosaic", "cuda", {"compute_capability": "8.0"}, "needs compute capability 9.0, not 8.0"),
+        ("splash", "cuda", {}, "does not run on gpu, only on tpu"),
+        ("splash", "tpu", {"sequence_length": 200}, "multiple of 128 tokens, not 200"),
+    ],
+)
+def test_a_backend_that_cannot_is_refused_with_the_mend(name, platform, options, message):
+    with pytest.raises(UserError, match=f"^execution.attention={name} .*{message}"):
+        select(name, platform, **options)
+
+
+def test_what_was_asked_for_is_taken_where_it_can():
+    for name, platform in (("xla", "cuda"), ("xla_chunked", "tpu"), ("cudnn", "gpu"), ("splash", "tpu")):
+        assert select(name, platform) is attention.BACKENDS[name]
+    assert select("pallas_triton", "cuda", documents=True, **GPU) is attention.BACKENDS["pallas_triton"]
+    assert select("pallas_triton", "cuda") is attention.BACKENDS["pallas_triton"]
+
+
+@pytest.mark.parametrize("name", ["tokamax_triton", "tokamax_mosaic"])
+def test_without_tokamax_its_extra_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(UserError, match=f"execution.attention={name} needs 'tokamax': pip install 'tlite_jax.tokamax"):
+        select(name, "cuda")

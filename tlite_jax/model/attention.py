@@ -1,98 +1,175 @@
 """Causal grouped-query attention: one call, several backends.
 
-Shapes: B batch, T query tokens, S key tokens, N heads, K kv heads, G = N / K, H head_dim.
+Which backend for which machine and mask, and what each was tested with: docs/attention.md.
+
+Shapes: B batch, T tokens, N heads, K kv heads, H head_dim.
 """
 
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 
-# Queries of a block in `xla_chunked`. Small blocks skip more of the future; many of them are slow to compile.
-SMALLEST_CHUNK, LARGEST_CHUNK, MOST_CHUNKS = 128, 512, 16
+from tlite_jax.errors import UserError
+from tlite_jax.model.attention_flops import backward_flops, forward_flops
+from tlite_jax.model.attention_kernels import KERNEL_ROWS, cudnn, pallas_triton, splash
+from tlite_jax.model.attention_remat import ATTENDED, is_kernel, keep_kernels
+from tlite_jax.model.attention_tokamax import require_tokamax, tokamax_mosaic, tokamax_triton
+from tlite_jax.model.attention_xla import masked_attention, xla, xla_chunked
+
+__all__ = [
+    "ATTENDED",
+    "BACKENDS",
+    "Attend",
+    "backend_name",
+    "backward_flops",
+    "forward_flops",
+    "is_kernel",
+    "keep_kernels",
+    "masked_attention",
+    "select",
+    "xla",
+    "xla_chunked",
+]
 
 
 class Attend(Protocol):
     """The hook through which the model attends."""
 
     def __call__(
-        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, /
     ) -> jax.Array:
-        """Returns [B, T, N, H]; query t sees keys s <= t of its own segment (of all, when segment ids are None)."""
+        """Returns [B, T, N, H]; query t sees keys s <= t of its own segment (of all, when segment ids are None).
+
+        The result, and what the backward pass needs besides q, k and v, is named ATTENDED or is that of a kernel that
+        `is_kernel` knows.
+        """
 
 
-def xla(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """Plain attention with the whole T x T matrix of scores; softmax in float32."""
-    return _attend_rows(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT, first_row=0)
+BACKENDS: Mapping[str, Attend] = {
+    "xla": xla,
+    "xla_chunked": xla_chunked,
+    "cudnn": cudnn,
+    "pallas_triton": pallas_triton,
+    "tokamax_triton": tokamax_triton,
+    "tokamax_mosaic": tokamax_mosaic,
+    "splash": splash,
+}
 
 
-def xla_chunked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """The same, a block of queries at a time and recomputed in the backward pass: memory grows as T, not T^2."""
-    length = q_BTNH.shape[1]
-    chunk = min(max(SMALLEST_CHUNK, length // MOST_CHUNKS), LARGEST_CHUNK)
-    if length <= chunk:
-        return xla(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    blocks = []
-    # A Python loop, so that each block reads only the keys before its end: half of the products.
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        rows, keys = slice(start, stop), slice(0, stop)
-        segments = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, rows], segment_ids_BT[:, keys])
-        block = jax.checkpoint(partial(_attend_rows, first_row=start), prevent_cse=False)
-        blocks.append(block(q_BTNH[:, rows], k_BTKH[:, keys], v_BTKH[:, keys], *segments))
-    return jnp.concatenate(blocks, axis=1)
+@dataclass(frozen=True)
+class _Limits:
+    """Where a kernel works. `platform` is gpu (NVIDIA) or tpu; `capability` the least compute capability."""
+
+    platform: str
+    capability: float = 0.0
+    has_documents: bool = True
+    has_float32: bool = False
+    length_multiple: int = 1
+    head_dims: tuple[int, int, int] = (1, 1024, 1)
+    """Smallest, largest, and of which it must be a multiple."""
 
 
-def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """CuDNN's fused causal attention (Ampere and later, bf16); it has no document masks here."""
-    if segment_ids_BT is not None:
-        raise ValueError("execution.attention=cudnn has no document masks; use xla_chunked or auto")
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+_LIMITS: Mapping[str, _Limits] = {
+    "cudnn": _Limits("gpu", capability=8.0, has_documents=False, head_dims=(8, 128, 8)),
+    "pallas_triton": _Limits("gpu", capability=8.0, length_multiple=KERNEL_ROWS, head_dims=(16, 128, 16)),
+    "tokamax_triton": _Limits("gpu", capability=8.0, head_dims=(16, 128, 16)),
+    "tokamax_mosaic": _Limits("gpu", capability=9.0, length_multiple=KERNEL_ROWS, head_dims=(64, 128, 64)),
+    "splash": _Limits("tpu", has_float32=True, length_multiple=KERNEL_ROWS),
+}
+_AUTO = ("cudnn", "pallas_triton", "splash", "xla_chunked")  # in this order, the first that can
 
 
-BACKENDS: dict[str, Attend] = {"xla": xla, "xla_chunked": xla_chunked, "cudnn": cudnn}
+@dataclass(frozen=True)
+class _Machine:
+    platform: str
+    capability: float | None
+    dtype: str
+    document_masking: bool
+    sequence_length: int | None
+    head_dim: int | None
 
 
-def select(name: str, *, platform: str, dtype: str, document_masking: bool) -> Attend:
-    """The backend for `execution.attention`; "auto" takes the fastest that has the mask and runs on the platform."""
-    if name != "auto":
-        return BACKENDS[name]
-    if platform in ("gpu", "cuda") and dtype == "bfloat16" and not document_masking:
-        return cudnn
-    return xla_chunked
-
-
-def _attend_rows(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    query_segments_BT: jax.Array | None,
-    key_segments_BS: jax.Array | None,
+def select(
+    name: str,
     *,
-    first_row: int,
-) -> jax.Array:
-    """Attention of queries first_row.. over keys 0..S."""
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    mask_BTS = (jnp.arange(first_row, first_row + T)[:, None] >= jnp.arange(S)[None, :])[None]
-    if query_segments_BT is not None and key_segments_BS is not None:
-        mask_BTS = mask_BTS & (query_segments_BT[:, :, None] == key_segments_BS[:, None, :])
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    platform: str,
+    dtype: str,
+    document_masking: bool,
+    sequence_length: int | None = None,
+    head_dim: int | None = None,
+    compute_capability: str | None = None,
+) -> Attend:
+    """The backend for `execution.attention`.
 
+    Args:
+      name: a key of BACKENDS, or "auto": the fastest that has the mask, the shape and the dtype on this machine.
+      platform: of the devices: cpu, gpu or cuda (NVIDIA), tpu.
+      dtype: of q, k and v: bfloat16 or float32.
+      document_masking: whether there are segment ids.
+      sequence_length: tokens of a sequence. While it is not known, auto takes no backend that works only for some.
+      head_dim: size of a head; None: assumed to fit.
+      compute_capability: of a device of platform gpu, e.g. "8.0"; None: assumed to be enough.
 
-def masked_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax attention under a boolean mask of [B or 1, T, S]; softmax in float32. Returns [B, T, N, H].
-
-    The products have one batch dim (b k) and rows (g t): a CPU then runs them as large matrix products.
+    Raises:
+      UserError: when the backend that was asked for cannot do it; names what can.
     """
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
-    q = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
-    k = k_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H)
-    v = v_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H)
-    mask = jnp.broadcast_to(mask_BTS[:, None, None], (B, K, G, T, S)).reshape(B * K, G * T, S)
-    scores = jnp.einsum("xth,xsh->xts", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    attended = jnp.einsum("xts,xsh->xth", weights.astype(v.dtype), v)
-    return attended.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    capability = None if compute_capability is None else _number(compute_capability)
+    platform = "gpu" if platform == "cuda" else platform
+    machine = _Machine(platform, capability, dtype, document_masking, sequence_length, head_dim)
+    if name == "auto":
+        able = (candidate for candidate in _AUTO if _may_choose(candidate, machine))
+        return BACKENDS[next(able)]
+    reason = _refusal(name, machine)
+    if reason:
+        raise UserError(f"execution.attention={name} {reason}")
+    if name.startswith("tokamax"):
+        require_tokamax(name)
+    return BACKENDS[name]
+
+
+def backend_name(attend: Attend) -> str:
+    """The key in BACKENDS of what `select` returned."""
+    return next(name for name, backend in BACKENDS.items() if backend is attend)
+
+
+def _number(compute_capability: str) -> float:
+    """0 for what is not NVIDIA's: ROCm's devices are of platform gpu too, and name an architecture here."""
+    try:
+        return float(compute_capability)
+    except ValueError:
+        return 0.0
+
+
+def _may_choose(name: str, machine: _Machine) -> bool:
+    if machine.sequence_length is None and name in _LIMITS and _LIMITS[name].length_multiple > 1:
+        return False
+    return _refusal(name, machine) is None
+
+
+def _refusal(name: str, machine: _Machine) -> str | None:
+    """Why a backend cannot do it and what to do, as the end of a sentence; None when it can."""
+    if name not in _LIMITS:
+        return None
+    limits = _LIMITS[name]
+    least, most, multiple = limits.head_dims
+    if machine.platform != limits.platform:
+        return f"does not run on {machine.platform}, only on {limits.platform}; use auto or xla_chunked"
+    if machine.capability is not None and machine.capability < limits.capability:
+        return f"needs compute capability {limits.capability}, not {machine.capability}; use auto or xla_chunked"
+    if machine.document_masking and not limits.has_documents:
+        return "has no document masks; use auto, or data.document_masking=false"
+    if machine.dtype == "float32" and not limits.has_float32:
+        return "computes in bfloat16: set execution.compute_dtype=bfloat16, or use auto or xla_chunked"
+    if machine.sequence_length is not None and machine.sequence_length % limits.length_multiple:
+        return (
+            f"needs sequences of a multiple of {limits.length_multiple} tokens, not {machine.sequence_length}: "
+            "change data.sequence_length, or use auto or xla_chunked"
+        )
+    if machine.head_dim is not None and (machine.head_dim % multiple or not least <= machine.head_dim <= most):
+        return (
+            f"needs a head_dim of a multiple of {multiple} from {least} to {most}, not {machine.head_dim}; "
+            "use auto or xla_chunked"
+        )
+    return None
