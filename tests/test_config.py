@@ -53,7 +53,10 @@ def refused(file: Path, *overrides: str) -> str:
         ("optimizer.beta2=1.0", "optimizer.beta2: Input should be less than 1 (got 1.0)"),
         ("data.document_masking=1", "data.document_masking: Input should be a valid boolean (got 1)"),
         ("schedule.name=linear", "schedule.name: Input should be 'constant_with_warmup' or 'cosine_with_warmup'"),
-        ("execution.remat=some", "execution.remat: Input should be 'full', 'dots' or 'none' (got 'some')"),
+        (
+            "execution.remat=some",
+            "execution.remat: Input should be 'full', 'attention', 'dots', 'offload' or 'none' (got 'some')",
+        ),
         ("model.num_key_value_heads=3", "num_attention_heads (2) must be a multiple of num_key_value_heads (3)"),
         ("model.head_dim=5", "head_dim (5) must be even"),
         ("model=null", "give model (its shape, for random weights) or init_from"),

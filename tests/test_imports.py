@@ -30,14 +30,36 @@ ARROWS = {
         "tlite_jax.sharding",
     ],
     "tlite_jax.train.state": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.optimizer", "tlite_jax.sharding"],
+    "tlite_jax.train.layers": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.sharding"],
+    "tlite_jax.train.gradients": [
+        "tlite_jax.config",
+        "tlite_jax.loss",
+        "tlite_jax.model",
+        "tlite_jax.sharding",
+        "tlite_jax.train.layers",
+    ],
+    "tlite_jax.train.compile_options": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.sharding"],
     "tlite_jax.train.step": [
         "tlite_jax.config",
         "tlite_jax.errors",
-        "tlite_jax.loss",
         "tlite_jax.model",
         "tlite_jax.optimizer",
         "tlite_jax.sharding",
+        "tlite_jax.train.compile_options",
+        "tlite_jax.train.gradients",
         "tlite_jax.train.state",
+    ],
+    # It compiles the very step that training runs.
+    "tlite_jax.plan": [
+        "tlite_jax.config",
+        "tlite_jax.config_files",
+        "tlite_jax.errors",
+        "tlite_jax.model",
+        "tlite_jax.optimizer",
+        "tlite_jax.sharding",
+        "tlite_jax.telemetry.throughput",
+        "tlite_jax.train.state",
+        "tlite_jax.train.step",
     ],
     # It names the order of the data by its segments, and reads no data.
     "tlite_jax.checkpoint": [
@@ -54,7 +76,13 @@ ARROWS = {
     "tlite_jax.train.loop": ["tlite_jax"],
 }
 # Rooms that `tlite_jax.train.run` and `loop`, which may know most others, have no business with.
-NOT_FOR_TRAINING = ["tlite_jax.bridge", "tlite_jax.generate", "tlite_jax.evaluate", "tlite_jax.data.prepare"]
+NOT_FOR_TRAINING = [
+    "tlite_jax.bridge",
+    "tlite_jax.generate",
+    "tlite_jax.evaluate",
+    "tlite_jax.plan",
+    "tlite_jax.data.prepare",
+]
 OUR_PACKAGES = {"tlite_jax", "launch", "tests", "configs", "bench"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tlite_jax.config import MeshConfig
+from tlite_jax.config import ExecutionConfig, MeshConfig
 from tlite_jax.errors import UserError
 from tlite_jax.model import decoder
 from tlite_jax.model.decoder import ParamSpec
 from tlite_jax.sharding import (
-    FSDP,
+    Collectives,
     abstract_params,
     make_gather,
     make_mesh,
@@ -79,33 +79,34 @@ def test_abstract_parameters_are_placed_without_being_made():
         assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 == np.prod(leaf.shape)
 
 
-def gather_and_pull(mesh, size, compute_dtype, reduce_dtype):
-    """(stored [P, 3], cotangent [devices, size, 3]) -> what each device gathers, and the pulled back shards."""
-    gather = make_gather({"vocab": size}, mesh.shape[FSDP], compute_dtype, reduce_dtype)
+def gather_and_scatter(mesh, size, compute_dtype, reduce_dtype):
+    """(stored [P, 3], gradient [devices, size, 3]) -> what each device gathers, and its shard of the sum."""
+    execution = ExecutionConfig(compute_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    collectives = Collectives.of(mesh, execution)
+    spec = ParamSpec((size, 3), ("vocab", "embed"))
+    gather = make_gather({"vocab": size}, collectives)
 
-    def local(shard, cotangent):
-        def run(shard):
-            return gather({"p": nnx.Param(shard, axes=("vocab", "embed"))})["p"][...]
+    def local(shard, gradient):
+        whole = collectives.gather({"p": shard}, {"p": spec})["p"]
+        hooked = gather({"p": nnx.Param(shard, axes=spec.axes)})["p"][...]
+        scattered = collectives.scatter({"p": gradient[0].astype(compute_dtype)}, {"p": spec})["p"]
+        return whole[None], hooked[None], scattered[None]
 
-        whole, pullback = jax.vjp(run, shard)
-        (gradient,) = pullback(cotangent[0].astype(whole.dtype))
-        return whole[None], gradient[None]
-
-    spec = partition_spec(ParamSpec((size, 3), ("vocab", "embed")))
     devices = PartitionSpec(("replica", "fsdp"))
-    specs = {"in_specs": (spec, devices), "out_specs": (devices, devices)}
+    specs = {"in_specs": (partition_spec(spec), devices), "out_specs": (devices, devices, devices)}
     return quick_jit(jax.shard_map(local, mesh=mesh, **specs, check_vma=False))
 
 
 @pytest.mark.parametrize(("replica", "fsdp"), [(1, 8), (2, 4), (8, 1)])
-def test_gather_collects_and_its_transpose_reduces_within_a_group(replica, fsdp):
+def test_gather_collects_and_scatter_sums_within_a_group(replica, fsdp):
     size = 13
     mesh = make_mesh(MeshConfig(replica=replica, fsdp=fsdp))
     rng = np.random.default_rng(0)
     param = rng.normal(size=(size, 3)).astype(np.float32)
     stored = np.pad(param, ((0, -size % fsdp), (0, 0)))
     cotangent = rng.normal(size=(8, size, 3)).astype(np.float32)
-    whole, gradient = gather_and_pull(mesh, size, "float32", "float32")(stored, cotangent)
+    whole, hooked, gradient = gather_and_scatter(mesh, size, "float32", "float32")(stored, cotangent)
+    assert np.array_equal(whole, hooked)
     assert np.array_equal(whole, np.tile(param, (8, 1, 1)))
     for group in range(replica):
         members = slice(group * fsdp, (group + 1) * fsdp)
@@ -121,7 +122,7 @@ def test_gradients_of_bfloat16_weights_are_reduced_in_the_reduce_dtype(reduce_dt
     param = rng.normal(size=(16, 3)).astype(np.float32)
     # Sums of eight bfloat16 values that float32 holds exactly and bfloat16 does not.
     cotangent = (1 + rng.integers(0, 128, (8, 16, 3)) / 128).astype(np.float32)
-    whole, gradient = gather_and_pull(mesh, 16, "bfloat16", reduce_dtype)(param, cotangent)
+    whole, _, gradient = gather_and_scatter(mesh, 16, "bfloat16", reduce_dtype)(param, cotangent)
     assert whole.dtype == jnp.bfloat16
     assert np.array_equal(whole[3], param.astype(jnp.bfloat16))
     assert gradient.dtype == jnp.float32
@@ -130,3 +131,18 @@ def test_gradients_of_bfloat16_weights_are_reduced_in_the_reduce_dtype(reduce_dt
         assert error == 0
     else:
         assert 0 < error <= 16 * 2**-8 * 2
+
+
+@pytest.mark.parametrize("replica_dtype", ["float32", "bfloat16"])
+def test_replicas_are_summed_in_the_dtype_asked_for(replica_dtype):
+    mesh = make_mesh(MeshConfig(replica=4, fsdp=2))
+    collectives = Collectives.of(mesh, ExecutionConfig(replica_reduce_dtype=replica_dtype))
+    devices = PartitionSpec(("replica", "fsdp"))
+    values = np.repeat(1 + np.arange(4, dtype=np.float32) / 512, 2).reshape(8, 1)  # the replica's, on both its shards
+    function = jax.shard_map(collectives.sum_replicas, mesh=mesh, in_specs=devices, out_specs=devices, check_vma=False)
+    summed = quick_jit(function)(values)
+    assert summed.dtype == jnp.float32
+    assert len(set(summed[:, 0].tolist())) == 1
+    exact = values[::2].sum()
+    assert (summed[0, 0] == exact) == (replica_dtype == "float32")
+    assert summed[0, 0] == pytest.approx(exact, abs=4 * 2**-8)

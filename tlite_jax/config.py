@@ -248,6 +248,10 @@ class ExecutionConfig(Section):
         "auto", "xla", "xla_chunked", "cudnn", "pallas_triton", "tokamax_triton", "tokamax_mosaic", "splash"
     ] = "auto"
     loss_chunk_tokens: Positive = Field(default=1024, description="tokens whose logits exist at once, per device")
+    deterministic: bool = Field(
+        default=False,
+        description="on GPUs: the same bits in every run, at some cost in speed; elsewhere it is so anyway",
+    )
 
 
 class CheckpointConfig(Section):
@@ -288,6 +292,9 @@ class RunConfig(Section):
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionConfig = ExecutionConfig()
+    compilation_cache: Path | None = Field(
+        default=None, description="directory where compiled programs are kept for the next start; null: none"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

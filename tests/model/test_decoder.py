@@ -9,10 +9,11 @@ import torch
 from flax import nnx
 from helpers import ROPE_SCALING, hf_model, max_difference, params_from_hf, quick_jit, random_batch, tiny_model
 
+from tlite_jax.config import ExecutionConfig, MeshConfig
 from tlite_jax.loss import IGNORED, cross_entropy
-from tlite_jax.model import attention, decoder
+from tlite_jax.model import decoder
 from tlite_jax.model.layers import linear
-from tlite_jax.sharding import make_gather
+from tlite_jax.sharding import Collectives, make_gather, make_mesh
 
 CONFIGS = {
     "grouped": tiny_model(),
@@ -87,49 +88,13 @@ def test_a_document_sees_itself_alone():
     assert np.max(np.abs(alone[0, spans[1]] - packed[spans[1]])) > 0.1
 
 
-def test_remat_policies_and_chunked_attention_give_equal_gradients(monkeypatch):
-    monkeypatch.setattr(attention, "LARGEST_CHUNK", 16)
-    config = CONFIGS["everything"]
-    params = params_from_hf(hf_model(config), config)
-    batch = random_batch(config, rows=3, length=24, documents=True)
-
-    def gradients(remat, attend):
-        def loss(params):
-            return summed_loss(config, params, batch, remat=remat, attend=attend, chunk_tokens=32)[0]
-
-        return quick_jit(jax.grad(loss))(params)
-
-    expected = gradients("none", attention.xla)
-    largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
-    for remat, attend in (("dots", attention.xla_chunked), ("full", attention.xla)):
-        assert max_difference(gradients(remat, attend), expected) <= 2e-6 * largest, remat
-
-
-def test_remat_policies_keep_what_they_say():
-    """Matrix products executed by one gradient: none < dots + attention's own < full."""
-    config = CONFIGS["grouped"]
-    batch = random_batch(config, rows=1, length=16)
-    params = jax.eval_shape(lambda: decoder.init_params(config, 0))
-
-    def products(remat):
-        def loss(params):
-            return summed_loss(config, params, batch, remat=remat)[0]
-
-        text = str(jax.make_jaxpr(jax.grad(loss))(params))
-        return text.count("dot_general[")
-
-    none, dots, full = (products(remat) for remat in ("none", "dots", "full"))
-    # A block has seven linear layers, and attention two products; the output of attention is kept under `dots`.
-    assert dots == none + 1
-    assert full == none + 8
-
-
 def test_bfloat16_is_close_to_float32():
     """8 bits of mantissa over 2 layers: the root-mean-square error of logits is under 2% of their spread."""
     config = CONFIGS["scaled_rope"]
     params = params_from_hf(hf_model(config), config)
     tokens = random_batch(config, rows=2, length=64)["tokens"]
-    gather = make_gather(decoder.logical_axes(config), 1, "bfloat16", "float32")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    gather = make_gather(decoder.logical_axes(config), Collectives.of(mesh, ExecutionConfig()))
     full = compute_logits(config, params, tokens)
     half = compute_logits(config, params, tokens, gather=gather)
     assert half.dtype == np.float32

@@ -23,6 +23,7 @@ Params = dict[str, Any]  # nested dict of arrays; see `param_specs`
 PartT = TypeVar("PartT")
 Gather = Callable[[PartT], PartT]  # on an nnx.Param or a Block
 
+
 def _identity(part: PartT) -> PartT:
     return part
 

@@ -10,7 +10,6 @@ Shapes: B sequences of a microbatch, T tokens, D embed, V vocab.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +61,9 @@ class Gradients:
             jax.tree.map(lambda x: x[:num_alike], microbatches),
         )
         if num_alike < k:
-            sums = self._microbatch(params, sums, jax.tree.map(lambda x: x[-1], microbatches), last=True)
+            # The barrier has the others end first: two microbatches at once would take the memory of two.
+            ending, sums = jax.lax.optimization_barrier((jax.tree.map(lambda x: x[-1], microbatches), sums))
+            sums = self._microbatch(params, sums, ending, last=True)
         return sums
 
     def _microbatch(self, params: Tree, sums: Sums, batch: Batch, *, last: bool) -> Sums:
@@ -97,7 +98,9 @@ class Gradients:
             dx_BTD,
             last=last,
         )
-        dembedding_VD = dhead_VD if tied else jnp.zeros(embedding_VD.shape, jnp.float32)
+        # The barrier gives these zeros a buffer of their own, now: XLA would share one with the head's all through.
+        dx_BTD, zero = jax.lax.optimization_barrier((dx_BTD, jnp.float32(0)))
+        dembedding_VD = dhead_VD if tied else jnp.broadcast_to(zero, embedding_VD.shape)
         dembedding_VD = dembedding_VD.at[batch["tokens"]].add(dx_BTD.astype(jnp.float32))
         embedding_sum = collectives.accumulate(gradients["embedding"], dembedding_VD, specs["embedding"])
         if last:

@@ -80,10 +80,11 @@ class Layers:
 
         def body(carry: tuple[jax.Array, Tree], layer: jax.Array) -> tuple[tuple[jax.Array, Tree], Any]:
             x_BTD, weights = carry
-            # The last layer's weights are gathered twice: the backward pass begins with them.
+            # After the last layer its own weights again: the backward pass begins with them.
             following = self._gather(blocks, jnp.minimum(layer + 1, top))
+            vjp: Any
             x_BTD, vjp = jax.vjp(apply, weights, x_BTD, rope, segment_ids_BT)
-            # A vjp keeps its arguments; of these only x is worth keeping.
+            # It keeps its arguments, of which only x is worth it: the others are at hand in the backward pass.
             vjp.args_res[0], vjp.args_res[2:] = None, [None, None]
             return (x_BTD, following), vjp
 
@@ -172,6 +173,4 @@ def _index(stacked: Tree, layer: Any) -> Tree:
 
 def _update(stacked: Tree, layer: Any, values: Tree) -> Tree:
     """The stack with one layer replaced."""
-    return jax.tree.map(
-        lambda leaf, value: jax.lax.dynamic_update_index_in_dim(leaf, value, layer, 0), stacked, values
-    )
+    return jax.tree.map(lambda leaf, value: jax.lax.dynamic_update_index_in_dim(leaf, value, layer, 0), stacked, values)

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlite_jax import optimizer as adamw
 from tlite_jax.config import ExecutionConfig, ModelConfig, OptimizerConfig
 from tlite_jax.errors import UserError
 from tlite_jax.model import attention, decoder
+from tlite_jax.model.attention import Attend
 from tlite_jax.optimizer import Schedule
 from tlite_jax.sharding import BATCH_SPEC, FSDP, REPLICA, Collectives, partition_specs
+from tlite_jax.train.compile_options import compile_options
 from tlite_jax.train.gradients import Batch, Gradients
 from tlite_jax.train.state import TrainState, abstract_state, shardings
 
@@ -37,20 +38,31 @@ def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int) -> None:
         )
 
 
+def select_attention(
+    model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool, sequence_length: int
+) -> Attend:
+    """The attention of a step on a mesh. Raises UserError when the one asked for cannot do it."""
+    device = mesh.devices.flat[0]
+    return attention.select(
+        execution.attention,
+        platform=device.platform,
+        dtype=execution.compute_dtype,
+        document_masking=document_masking,
+        sequence_length=sequence_length,
+        head_dim=model.head_dim,
+        compute_capability=getattr(device, "compute_capability", None),
+    )
+
+
 def make_gradients(
     model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool
 ) -> Callable[[Any, Batch], tuple[Any, jax.Array, jax.Array]]:
     """(params, batch) -> (gradient of the summed loss, summed loss, scored tokens), summed over the whole batch."""
-    attend = attention.select(
-        execution.attention,
-        platform=mesh.devices.flat[0].platform,
-        dtype=execution.compute_dtype,
-        document_masking=document_masking,
-    )
-    gradients_of = Gradients(model, execution, Collectives.of(mesh, execution), attend)
+    collectives = Collectives.of(mesh, execution)
 
     def local_gradients(params: Any, batch: Batch) -> tuple[Any, jax.Array, jax.Array]:
-        gradients, loss, count = gradients_of(params, batch)
+        attend = select_attention(model, execution, mesh, document_masking, batch["tokens"].shape[1])
+        gradients, loss, count = Gradients(model, execution, collectives, attend)(params, batch)
         return gradients, jax.lax.psum(loss, (REPLICA, FSDP)), jax.lax.psum(count, (REPLICA, FSDP))
 
     specs = partition_specs(decoder.param_specs(model))
@@ -107,4 +119,5 @@ def make_step(
 
     scalar = NamedSharding(mesh, PartitionSpec())
     outputs = shardings(abstract_state(model, mesh)), scalar
-    return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+    options = compile_options(model, execution, mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs, compiler_options=options)

@@ -1,0 +1,293 @@
+"""The collectives of a compiled step: what each sends, how often, behind how many FLOPs, and whether it should."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tlite_jax.config import ExecutionConfig, ModelConfig
+from tlite_jax.model.decoder import param_specs
+from tlite_jax.plan.hlo import COLLECTIVES, Array, Computation, Instruction, Module, replica_groups
+from tlite_jax.plan.program import Collective, Where
+from tlite_jax.sharding import map_specs, padded_shape
+
+SHORT_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+SMALL_BYTES = 4096  # the loss, the count of tokens, the gradient's norm
+
+Flops = Callable[[Instruction, Computation], float]
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What the step was written to do; the mesh is (replica, fsdp), consecutive devices share an fsdp group."""
+
+    model: ModelConfig
+    execution: ExecutionConfig
+    num_replicas: int
+    num_shards: int
+
+    def parameters(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """(logical shape, stored shape, gathers a microbatch) of every parameter; a layer's L times."""
+        specs = param_specs(self.model)
+        for name, tree in specs.items():
+            for spec in tree.values() if name == "blocks" else [tree]:
+                stored = padded_shape(spec, self.num_shards)
+                if name == "blocks":
+                    yield from [(spec.shape[1:], stored[1:], 2)] * spec.shape[0]
+                else:
+                    yield spec.shape, stored, 1
+
+    def minimum_wire_bytes(self) -> int:
+        """Bytes that a device cannot but send in a step with the chosen dtypes, by ring algorithms.
+
+        A microbatch gathers each block's parameters twice and the others once, and reduce-scatters every gradient; a
+        step sums each shard over replicas once.
+        """
+        n, r, total = self.num_shards, self.num_replicas, 0.0
+        compute, reduce, replica = (
+            jnp.dtype(dtype).itemsize
+            for dtype in (
+                self.execution.compute_dtype,
+                self.execution.reduce_dtype,
+                self.execution.replica_reduce_dtype,
+            )
+        )
+        for shape, _, gathers in self.parameters():
+            size = math.prod(shape)
+            total += self.execution.num_microbatches * size * (gathers * compute + reduce) * (n - 1) / n
+            total += 2 * (r - 1) / r * size / n * replica
+        return round(total)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A collective and its surroundings."""
+
+    collective: Collective
+    operands: tuple[Array, ...]
+    groups: frozenset[frozenset[int]]
+    in_microbatches: bool
+
+
+def collectives(
+    module: Module, intent: Intent, flops: Flops, *, devices_per_node: int
+) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
+    """All collectives that the program executes, and where it departs from the intent, a sentence each.
+
+    Args:
+      module: the compiled step.
+      intent: of the config that it was compiled from.
+      flops: of one execution of an instruction: products and attention kernels.
+      devices_per_node: consecutive devices that share a fast network.
+    """
+    found = list(_Reader(module, intent, flops, devices_per_node).read(module.entry))
+    return tuple(item.collective for item in found), tuple(_violations(found, intent))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Walks through a module; see `collectives`."""
+
+    module: Module
+    intent: Intent
+    flops: Flops
+    devices_per_node: int
+
+    def read(
+        self, name: str, *, trips: int = 1, in_layers: bool = False, in_microbatches: bool = False
+    ) -> Iterator[_Found]:
+        """The collectives that a computation reaches, which runs `trips` times in a step."""
+        computation = self.module.computations[name]
+        for place, instruction in enumerate(computation.instructions):
+            if kind := _kind(self.module, instruction):
+                yield self._found(kind, computation, place, trips, in_layers, in_microbatches)
+                continue
+            for role, callee in instruction.called:
+                if role == "body":
+                    # A loop around loops with collectives is the one over microbatches; the others are over layers.
+                    is_outer = _has_communicating_loop(self.module, callee)
+                    yield from self.read(
+                        callee,
+                        trips=trips * self.module.trip_count(instruction),
+                        in_layers=in_layers or not is_outer,
+                        in_microbatches=in_microbatches or is_outer,
+                    )
+                elif role not in ("condition", "to_apply"):
+                    yield from self.read(callee, trips=trips, in_layers=in_layers, in_microbatches=in_microbatches)
+
+    def _found(
+        self, kind: str, computation: Computation, place: int, trips: int, in_layers: bool, in_microbatches: bool
+    ) -> _Found:
+        instruction = computation.instructions[place]
+        ids = self._groups(instruction)
+        operands = tuple(
+            array
+            for operand in instruction.operands
+            if operand in computation.by_name
+            for array in computation.by_name[operand].results
+        )
+        members = ids.shape[1]
+        buffer = sum(array.num_bytes for array in operands) * (members if kind == "all-gather" else 1)
+        wire = buffer * (members - 1) / members * (2 if kind == "all-reduce" else 1)
+        groups = frozenset(frozenset(row) for row in ids.tolist())
+        nodes = ids // self.devices_per_node
+        asynchronous = instruction.opcode.endswith("-start")
+        where: Where = "loop" if in_layers else "edge"
+        if self.intent.num_replicas > 1 and groups == _across(self.intent) and buffer > SMALL_BYTES:
+            where = "replica"
+        collective = Collective(
+            name=instruction.name,
+            kind=kind,
+            dtype=max(operands, key=lambda array: array.num_bytes).dtype,
+            where=where,
+            group_size=members,
+            group_nodes=max(len(set(row)) for row in nodes.tolist()),
+            groups_per_node=int(np.sum(np.any(nodes == nodes.flat[0], axis=1))),
+            count=trips,
+            buffer_bytes=buffer,
+            wire_bytes=round(wire),
+            overlapped_flops=_spanned(computation, place, self.flops) if asynchronous else 0.0,
+            is_async=asynchronous,
+        )
+        return _Found(collective, operands, groups, in_microbatches)
+
+    def _groups(self, instruction: Instruction) -> np.ndarray:
+        """[groups, members] of device ids; those of a permutation are its pairs."""
+        text = instruction.text
+        if instruction.opcode.startswith("async"):
+            wrapped = self.module.computations[dict(instruction.called)["calls"]]
+            text = next(inner.text for inner in wrapped.instructions if _kind(self.module, inner))
+        if "source_target_pairs=" in text:
+            return replica_groups(text.split("source_target_pairs=")[1])
+        return replica_groups(text.split("replica_groups=")[1])
+
+
+def _kind(module: Module, instruction: Instruction) -> str | None:
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode == "async":
+        inner = next((callee for role, callee in instruction.called if role == "calls"), None)
+        opcodes = [i.opcode for i in module.computations[inner].instructions] if inner else []
+        return next((kind for kind in COLLECTIVES if kind in opcodes), None)
+    return opcode if opcode in COLLECTIVES else None
+
+
+def _has_communicating_loop(module: Module, name: str) -> bool:
+    for instruction in module.computations[name].instructions:
+        for role, callee in instruction.called:
+            if role == "body" and _communicates(module, callee):
+                return True
+            if role not in ("body", "condition", "to_apply") and _has_communicating_loop(module, callee):
+                return True
+    return False
+
+
+def _communicates(module: Module, name: str) -> bool:
+    return any(
+        _kind(module, instruction)
+        or any(_communicates(module, callee) for role, callee in instruction.called if role != "condition")
+        for instruction in module.computations[name].instructions
+    )
+
+
+def _spanned(computation: Computation, place: int, flops: Flops) -> float:
+    """FLOPs between a start and its end, in the order of the schedule."""
+    name, total = computation.instructions[place].name, 0.0
+    for instruction in computation.instructions[place + 1 :]:
+        if name in instruction.operands and instruction.opcode.endswith("-done"):
+            return total
+        total += flops(instruction, computation)
+    return total
+
+
+def _within(intent: Intent) -> frozenset[frozenset[int]]:
+    n = intent.num_shards
+    return frozenset(frozenset(range(r * n, (r + 1) * n)) for r in range(intent.num_replicas))
+
+
+def _across(intent: Intent) -> frozenset[frozenset[int]]:
+    n, r = intent.num_shards, intent.num_replicas
+    return frozenset(frozenset(range(shard, r * n, n)) for shard in range(n))
+
+
+def _violations(found: Sequence[_Found], intent: Intent) -> Iterator[str]:
+    large = [item for item in found if item.collective.buffer_bytes > SMALL_BYTES]
+    expected = {"all-gather": _within(intent), "reduce-scatter": _within(intent), "all-reduce": _across(intent)}
+    for item in large:
+        collective = item.collective
+        if item.groups != expected.get(collective.kind):
+            yield (
+                f"{collective.name}: {collective.kind} of {collective.buffer_bytes:,} bytes over "
+                f"{len(item.groups)} groups of {collective.group_size}, in no place of the plan"
+            )
+        elif collective.where == "replica" and item.in_microbatches:
+            yield f"{collective.name}: a sum over replicas inside the loop over microbatches"
+    yield from _dtype_violations(large, intent)
+    yield from _gather_violations(large, intent)
+    yield from _replica_violations(large, intent)
+
+
+def _dtype_violations(large: Sequence[_Found], intent: Intent) -> Iterator[str]:
+    execution = intent.execution
+    asked = {
+        "all-gather": execution.compute_dtype,
+        "reduce-scatter": execution.reduce_dtype,
+        "all-reduce": execution.replica_reduce_dtype,
+    }
+    for item in large:
+        wire = item.collective.dtype
+        if (dtype := asked.get(item.collective.kind)) and wire != SHORT_DTYPES[dtype]:
+            yield f"{item.collective.name}: {item.collective.kind} in {wire}, {SHORT_DTYPES[dtype]} was asked for"
+
+
+def _gather_violations(large: Sequence[_Found], intent: Intent) -> Iterator[str]:
+    """Whether a parameter is gathered or reduce-scattered more often than it should be, told apart by shape.
+
+    (Less often: XLA for CPUs moves gathers out of the loop over microbatches. Then memory tells.)
+    """
+    n, k = intent.num_shards, intent.execution.num_microbatches
+    if n == 1:
+        return
+    gathers: dict[tuple[int, ...], int] = {}
+    scatters: dict[tuple[int, ...], int] = {}
+    for _, stored, times in intent.parameters():
+        shard = _bare((stored[0] // n, *stored[1:]))
+        gathers[shard] = gathers.get(shard, 0) + times * k
+        scatters[_bare(stored)] = scatters.get(_bare(stored), 0) + k
+    for kind, wanted in (("all-gather", gathers), ("reduce-scatter", scatters)):
+        seen: dict[tuple[int, ...], int] = {}
+        for item in large:
+            if item.collective.kind == kind:
+                for array in item.operands:
+                    shape = _bare(array.dims)
+                    seen[shape] = seen.get(shape, 0) + item.collective.count
+        for shape in wanted:
+            if seen.get(shape, 0) > wanted[shape]:
+                yield f"{kind} of {list(shape)}: {seen[shape]} times a step, {wanted[shape]} are needed"
+
+
+def _bare(dims: Sequence[int]) -> tuple[int, ...]:
+    """Without dims of size one, which XLA adds and drops."""
+    return tuple(size for size in dims if size != 1)
+
+
+def _replica_violations(large: Sequence[_Found], intent: Intent) -> Iterator[str]:
+    if intent.num_replicas == 1:
+        return
+    wanted = sum(math.prod(stored) // intent.num_shards for _, stored, _ in intent.parameters())
+    seen = sum(
+        item.collective.count * sum(array.size for array in item.operands)
+        for item in large
+        if item.collective.where == "replica"
+    )
+    if abs(seen - wanted) > 0.01 * wanted:
+        yield f"sums over replicas of {seen:,} numbers a step, {wanted:,} are needed: each gradient shard's once"
+
+
+def parameter_bytes(model: ModelConfig, num_shards: int) -> int:
+    """Bytes of one device's float32 shards of all parameters, padding included."""
+    sizes: list[Any] = []
+    map_specs(lambda spec: sizes.append(math.prod(padded_shape(spec, num_shards)) // num_shards), param_specs(model))
+    return 4 * sum(sizes)

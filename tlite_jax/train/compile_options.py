@@ -1,0 +1,80 @@
+"""What XLA is told beyond its defaults: one place, by platform, a reason each."""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tlite_jax.config import ExecutionConfig, ModelConfig
+from tlite_jax.model.decoder import block_specs
+from tlite_jax.sharding import FSDP
+
+Options = dict[str, bool | int | str]
+MARGIN = 1 << 20  # bytes, for the padding of shards
+
+
+def compile_options(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) -> Options:
+    """The options with which to compile a step for a mesh; those that its XLA does not know are left out.
+
+    Args:
+      model, execution: sections of the run's config.
+      mesh: of the devices to compile for, which may be described ones (`jax.experimental.topologies`).
+    """
+    device = mesh.devices.flat[0]
+    if device.platform not in ("gpu", "cuda"):
+        return {}
+    return _known(_gpu(model, execution, mesh.shape[FSDP]), device)
+
+
+def _gpu(model: ModelConfig, execution: ExecutionConfig, num_shards: int) -> Options:
+    layer = sum(jnp.prod(jnp.array(spec.shape)).item() for spec in block_specs(model).values())
+
+    def layer_bytes(dtype: str) -> int:
+        return int(layer * jnp.dtype(dtype).itemsize) + MARGIN
+
+    options: Options = {
+        # Starts a collective early and ends it late, so that products run meanwhile.
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        # A layer's gather, its reduce-scatter and its sum over replicas are under way together: without these two,
+        # one waits for the other, and starts where the scheduler guesses that its time suffices.
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+        # A layer's parameters travel as one message, and not more than a layer's.
+        "xla_gpu_all_gather_combine_threshold_bytes": layer_bytes(execution.compute_dtype),
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": layer_bytes(execution.reduce_dtype),
+        "xla_gpu_all_reduce_combine_threshold_bytes": layer_bytes(execution.replica_reduce_dtype) // num_shards
+        + MARGIN,
+        # Percent of the memory that XLA thinks free. Where it sees too little it recomputes and gives up scheduling,
+        # which made the program larger by half in what we compiled. Whether a step fits, `plan` says.
+        "xla_gpu_memory_limit_slop_factor": 1000,
+    }
+    if execution.deterministic:
+        # No atomic sums (the embedding's gradient has them), and no algorithm chosen by timing.
+        options |= {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
+    return options
+
+
+def _known(options: Options, device: jax.Device) -> Options:
+    """The options that the device's compiler takes; they come and go with versions of XLA."""
+    known = {name: value for name, value in options.items() if _takes(device, name, value)}
+    if unknown := sorted(options.keys() - known.keys()):
+        logging.getLogger(__name__).warning(
+            "this XLA does not know %s: collectives may overlap less", ", ".join(unknown)
+        )
+    return known
+
+
+@functools.cache
+def _takes(device: jax.Device, name: str, value: Any) -> bool:
+    sharding = NamedSharding(Mesh([device], ("one",)), PartitionSpec())
+    lowered = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding))
+    try:
+        lowered.compile(compiler_options={name: value})
+    except Exception as error:
+        if name not in str(error):
+            raise
+        return False
+    return True
