@@ -17,6 +17,7 @@ COMMANDS = {
     "import": "import_",
     "prepare": "prepare",
     "mixture": "mixture",
+    "plan": "plan",
     "train": "train",
     "eval": "eval_",
     "generate": "generate",

@@ -41,6 +41,10 @@ def main(
     from tlite_jax.train.run import open_run
 
     loaded = load_config(config, overrides or ())
+    if loaded.compilation_cache is not None:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
     result = train_run(open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change))
     if result.signal is not None:
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
@@ -69,6 +73,8 @@ def train_run(run: "Run") -> "Result":
             "done" if result.signal is None else f"stopped by {signal.Signals(result.signal).name}; run again to go on"
         )
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {end}")
+        if result.first_step_seconds is not None:
+            print(f"the first step took {result.first_step_seconds:.1f} s, compilation included")
     return result
 
 

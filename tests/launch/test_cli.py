@@ -248,4 +248,6 @@ def test_the_real_process_agrees(place: Path) -> None:
 
     refused = ended("train", str(place / "run.yaml"), "train.stepz=3")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == f"error: {place}/run.yaml: train.stepz: unknown key; did you mean 'steps'?\n"
+    # Where the compiler for NVIDIA is installed and no driver is, it says so itself, whatever we do.
+    ours = [line for line in refused.stderr.splitlines() if "absl::InitializeLog" not in line and "cudart" not in line]
+    assert ours == [f"error: {place}/run.yaml: train.stepz: unknown key; did you mean 'steps'?"]

@@ -211,11 +211,16 @@ def _row_losses_fn(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) -
     """(params, batch) -> summed nats of each row, float32 [B], on every device."""
     graphdef = decoder.graphdef(model)
     gather = make_gather(decoder.logical_axes(model), Collectives.of(mesh, execution))
-    # Rows hold several documents, so the backend must have document masks.
-    platform = mesh.devices.flat[0].platform
-    attend = attention.select("auto", platform=platform, dtype=execution.compute_dtype, document_masking=True)
 
     def local(params: Any, batch: Any) -> jax.Array:
+        attend = attention.select_for(
+            mesh.devices.flat[0],
+            "auto",
+            dtype=execution.compute_dtype,
+            document_masking=True,  # rows hold several documents
+            sequence_length=batch["tokens"].shape[1],
+            head_dim=model.head_dim,
+        )
         hidden_BTD, head_VD = nnx.merge(graphdef, params)(
             batch["tokens"], batch["segment_ids"], gather=gather, attend=attend
         )

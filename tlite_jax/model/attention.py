@@ -29,6 +29,7 @@ __all__ = [
     "keep_kernels",
     "masked_attention",
     "select",
+    "select_for",
     "xla",
     "xla_chunked",
 ]
@@ -127,6 +128,21 @@ def select(
     if name.startswith("tokamax"):
         require_tokamax(name)
     return BACKENDS[name]
+
+
+def select_for(
+    device: jax.Device, name: str, *, dtype: str, document_masking: bool, sequence_length: int, head_dim: int
+) -> Attend:
+    """`select` for a device, real or described."""
+    return select(
+        name,
+        platform=device.platform,
+        dtype=dtype,
+        document_masking=document_masking,
+        sequence_length=sequence_length,
+        head_dim=head_dim,
+        compute_capability=getattr(device, "compute_capability", None),
+    )
 
 
 def backend_name(attend: Attend) -> str:

@@ -28,11 +28,18 @@ Evaluate = Callable[[TrainState], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `train` ended; `signal` is the one that stopped it early, if any."""
+    """How a call of `train` ended.
+
+    Attributes:
+      step, state: where.
+      signal: the one that stopped it early, if any.
+      first_step_seconds: until the first step was seen to be done, compilation included; None when there was none.
+    """
 
     step: int
     state: TrainState
     signal: int | None
+    first_step_seconds: float | None
 
 
 def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evaluate | None = None) -> Result:
@@ -97,6 +104,7 @@ def _loop(
 
     if step == 0:
         run_evaluation()
+    log.begin()
     while step < run.total_steps and not stop.reached(step):
         state, metrics = step_fn(state, next(data))
         step += 1
@@ -113,7 +121,7 @@ def _loop(
         checkpoints.save(state, run.meta(step))
     if step == run.total_steps and step > run.start_step:
         run_evaluation()
-    return Result(step, state, stop.signal)
+    return Result(step, state, stop.signal, log.first_step_seconds)
 
 
 class _Log:
@@ -133,6 +141,12 @@ class _Log:
             peak_flops_per_device=peak,
         )
         self._tokens_per_step = config.train.batch_size * config.data.sequence_length
+        self._began = time.monotonic()
+        self.first_step_seconds: float | None = None
+
+    def begin(self) -> None:
+        """Notes that the first step is about to be compiled and started."""
+        self._began = time.monotonic()
 
     def later(self, step: int, metrics: Metrics) -> None:
         """Notes a step just started and logs the one before it."""
@@ -144,12 +158,17 @@ class _Log:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
+        first: dict[str, float] = {}
+        if self.first_step_seconds is None:
+            metrics["loss"].block_until_ready()
+            self.first_step_seconds = time.monotonic() - self._began
+            first = {"first_step_seconds": self.first_step_seconds}
         if step % self._every and step != self._total:
             metrics["loss"].block_until_ready()  # the host stays one step ahead, logged or not
             return
         values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
         values["tokens_seen"] = float(step * self._tokens_per_step)
-        self.write(step, {**values, **self._throughput.update(step, time.monotonic())})
+        self.write(step, {**values, **first, **self._throughput.update(step, time.monotonic())})
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss is {values['loss']} at step {step}; lower optimizer.learning_rate or mend the data"

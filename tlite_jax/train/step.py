@@ -42,15 +42,13 @@ def select_attention(
     model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool, sequence_length: int
 ) -> Attend:
     """The attention of a step on a mesh. Raises UserError when the one asked for cannot do it."""
-    device = mesh.devices.flat[0]
-    return attention.select(
+    return attention.select_for(
+        mesh.devices.flat[0],
         execution.attention,
-        platform=device.platform,
         dtype=execution.compute_dtype,
         document_masking=document_masking,
         sequence_length=sequence_length,
         head_dim=model.head_dim,
-        compute_capability=getattr(device, "compute_capability", None),
     )
 
 
