@@ -32,8 +32,8 @@ SPECS = decoder.param_specs(MODEL)
 )
 def test_consecutive_devices_share_an_fsdp_group(replica, fsdp, shape):
     mesh = make_mesh(MeshConfig(replica=replica, fsdp=fsdp))
-    assert mesh.axis_names == ("replica", "fsdp")
-    assert mesh.devices.shape == shape
+    assert mesh.axis_names == ("replica", "fsdp", "context")
+    assert mesh.devices.shape == (*shape, 1)
     assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
@@ -70,9 +70,9 @@ def test_abstract_parameters_are_placed_without_being_made():
     abstract = abstract_params(SPECS, mesh)
     gate = abstract["blocks"]["gate"]
     assert gate.shape == (2, 40, 24)
-    assert gate.sharding == NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    assert gate.sharding == NamedSharding(mesh, PartitionSpec(None, ("fsdp", "context")))
     assert abstract["embedding"].shape == (132, 24)
-    assert abstract["embedding"].sharding == NamedSharding(mesh, PartitionSpec("fsdp"))
+    assert abstract["embedding"].sharding == NamedSharding(mesh, PartitionSpec(("fsdp", "context")))
     for leaf in jax.tree.leaves(abstract):
         assert isinstance(leaf, jax.ShapeDtypeStruct)
         # Every parameter takes a quarter of a device group's memory, the smallest norm included.

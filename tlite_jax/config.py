@@ -219,13 +219,14 @@ class TrainConfig(Section):
 
 
 class MeshConfig(Section):
-    """replica x fsdp devices: parameters are sharded over fsdp and replicated over replica (hybrid shard).
+    """replica x fsdp x context devices: parameters are sharded over fsdp and context, and replicated over replica.
 
-    replica 1 is full shard; fsdp 1 is plain data parallelism.
+    replica 1 is full shard; fsdp 1 is plain data parallelism. Each sequence is split over context.
     """
 
     replica: Positive = 1
     fsdp: Positive | None = Field(default=None, description="null: all devices that remain")
+    context: Positive = Field(default=1, description="devices that share a sequence, for long ones")
 
 
 class ExecutionConfig(Section):

@@ -1,7 +1,8 @@
-"""FSDP hybrid shard, said in collectives: the mesh (replica, fsdp), padded shards, and the gather of a layer.
+"""FSDP hybrid shard, said in collectives: the mesh (replica, fsdp, context), padded shards, gathers and reductions.
 
-Parameters are sharded over `fsdp` along one dim each and replicated over `replica`. The dim is stored padded to a
-multiple of the shard count, so that any number of devices works; the padding is zero and stays zero.
+Parameters are sharded over `fsdp` and `context` along one dim each and replicated over `replica`. The dim is stored
+padded to a multiple of the shard count, so that any number of devices works; the padding is zero and stays zero.
+Rows of a batch are dealt out over `replica` and `fsdp`; the tokens of a row over `context`, whose size is mostly 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tlite_jax.config import ExecutionConfig, MeshConfig
 from tlite_jax.errors import UserError
 
-REPLICA, FSDP = "replica", "fsdp"
-BATCH_SPEC = PartitionSpec((REPLICA, FSDP))
+REPLICA, FSDP, CONTEXT = "replica", "fsdp", "context"
+SHARDS = (FSDP, CONTEXT)  # what parameters are sharded over
+DEVICES = (REPLICA, FSDP, CONTEXT)
+BATCH_SPEC = PartitionSpec((REPLICA, FSDP), CONTEXT)  # of [B, T]
+ROWS_SPEC = PartitionSpec(DEVICES)  # of [B, T] where rows stay whole
 
 
 class Spec(Protocol):
@@ -30,25 +34,36 @@ class Spec(Protocol):
 
     @property
     def sharded_dim(self) -> int:
-        """The dim that is split over `fsdp`."""
+        """The dim that is split over devices."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (replica, fsdp) mesh; consecutive devices, a node's, share an fsdp group.
+    """The (replica, fsdp, context) mesh; consecutive devices, a node's, share shards of parameters.
 
     Raises:
       UserError: when the devices do not make up the mesh; names the meshes that fit.
     """
     devices = jax.devices() if devices is None else devices
-    fsdp = config.fsdp or max(1, len(devices) // config.replica)
-    if config.replica * fsdp != len(devices):
-        fits = [f"{len(devices) // d} x {d}" for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+    fsdp = config.fsdp or max(1, len(devices) // (config.replica * config.context))
+    needed = config.replica * fsdp * config.context
+    if needed != len(devices):
+        groups, rest = divmod(len(devices), config.context)
+        fits = [f"{groups // d} x {d}" for d in range(1, groups + 1) if groups % d == 0 and not rest]
         raise UserError(
-            f"mesh: replica {config.replica} x fsdp {fsdp} needs {config.replica * fsdp} devices, "
-            f"found {len(devices)}; replica x fsdp that fit: {', '.join(fits)}"
+            f"mesh: replica {config.replica} x fsdp {fsdp}{_by_context(config)} needs {needed} devices, "
+            f"found {len(devices)}; replica x fsdp that fit{_by_context(config)}: {', '.join(fits) or 'none'}"
         )
-    grid = np.asarray(devices).reshape(config.replica, fsdp)
-    return Mesh(grid, (REPLICA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+    grid = np.asarray(devices).reshape(config.replica, fsdp, config.context)
+    return Mesh(grid, DEVICES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _by_context(config: MeshConfig) -> str:
+    return f" x context {config.context}" if config.context > 1 else ""
+
+
+def num_shards(mesh: Mesh) -> int:
+    """Devices that a parameter is sharded over."""
+    return mesh.shape[FSDP] * mesh.shape[CONTEXT]
 
 
 def padded_shape(spec: Spec, num_shards: int) -> tuple[int, ...]:
@@ -59,8 +74,8 @@ def padded_shape(spec: Spec, num_shards: int) -> tuple[int, ...]:
 
 
 def partition_spec(spec: Spec) -> PartitionSpec:
-    """The sharded dim over `fsdp`, the others whole."""
-    return PartitionSpec(*[None] * spec.sharded_dim, FSDP)
+    """The sharded dim over `fsdp` and `context`, the others whole."""
+    return PartitionSpec(*[None] * spec.sharded_dim, SHARDS)
 
 
 def map_specs(function: Callable[..., Any], specs: Any, *trees: Any) -> Any:
@@ -77,7 +92,7 @@ def abstract_params(specs: Any, mesh: Mesh) -> Any:
     """The nested dict of stored, sharded, unallocated float32 parameters."""
     return map_specs(
         lambda spec: jax.ShapeDtypeStruct(
-            padded_shape(spec, mesh.shape[FSDP]),
+            padded_shape(spec, num_shards(mesh)),
             jnp.float32,
             sharding=NamedSharding(mesh, partition_spec(spec)),
         ),
@@ -105,9 +120,9 @@ class Collectives:
     """How shards of parameters become whole, and whole gradients shards; to be used under shard_map.
 
     Attributes:
-      num_shards, num_replicas: sizes of the `fsdp` and `replica` axes.
+      num_shards, num_replicas: devices that a parameter is sharded over, and replicas of it.
       compute_dtype: of gathered parameters, on the wire and in the matmuls.
-      reduce_dtype: of gradients on the wire within an fsdp group.
+      reduce_dtype: of gradients on the wire between those that shard a parameter.
       replica_reduce_dtype: of gradients on the wire between replicas.
     """
 
@@ -121,7 +136,7 @@ class Collectives:
     def of(cls, mesh: Mesh, execution: ExecutionConfig) -> "Collectives":
         """Those of a mesh, with the dtypes that a config asks for."""
         return cls(
-            num_shards=mesh.shape[FSDP],
+            num_shards=num_shards(mesh),
             num_replicas=mesh.shape[REPLICA],
             compute_dtype=execution.compute_dtype,
             reduce_dtype=execution.reduce_dtype,
@@ -129,20 +144,20 @@ class Collectives:
         )
 
     def gather(self, shards: Any, specs: Any) -> Any:
-        """All-gathers float32 shards over `fsdp`; whole parameters in the compute dtype, without padding."""
+        """All-gathers float32 shards; whole parameters in the compute dtype, without padding."""
 
         def whole(spec: Spec, shard: jax.Array) -> jax.Array:
             shard = shard.astype(self.compute_dtype)
             if self.num_shards == 1:
                 return shard
             dim = spec.sharded_dim
-            padded = jax.lax.all_gather(shard, FSDP, axis=dim, tiled=True)
+            padded = jax.lax.all_gather(shard, SHARDS, axis=dim, tiled=True)
             return jax.lax.slice_in_dim(padded, 0, spec.shape[dim], axis=dim)
 
         return map_specs(whole, specs, shards)
 
     def scatter(self, gradients: Any, specs: Any) -> Any:
-        """Reduce-scatters whole gradients over `fsdp`, in the reduce dtype on the wire; float32 shards, padded."""
+        """Reduce-scatters whole gradients, in the reduce dtype on the wire; float32 shards, padded."""
 
         def shard(spec: Spec, gradient: jax.Array) -> jax.Array:
             if self.num_shards == 1:
@@ -151,7 +166,7 @@ class Collectives:
             padding = padded_shape(spec, self.num_shards)[dim] - spec.shape[dim]
             widths = [(0, padding if axis == dim else 0) for axis in range(gradient.ndim)]
             padded = jnp.pad(gradient.astype(self.reduce_dtype), widths)
-            return jax.lax.psum_scatter(padded, FSDP, scatter_dimension=dim, tiled=True).astype(jnp.float32)
+            return jax.lax.psum_scatter(padded, SHARDS, scatter_dimension=dim, tiled=True).astype(jnp.float32)
 
         return map_specs(shard, specs, gradients)
 

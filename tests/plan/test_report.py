@@ -56,7 +56,7 @@ def test_the_keys_that_scripts_read(config: RunConfig) -> None:
     assert value["memory"]["capacity_bytes"] == 10 * GIB
     assert value["memory"]["needed_bytes"] == 9 * GIB
     assert value["hidden_share"] == {"loop": pytest.approx(0.3), "edges": 1.0, "replica": 1.0}
-    assert value["mesh"] == {"replica": 2, "fsdp": 2}
+    assert value["mesh"] == {"replica": 2, "fsdp": 2, "context": 1}
     assert value["parameters"] == num_parameters(config.model)
     assert value["step_seconds"] == pytest.approx(sum(value["seconds"].values()))
     assert value["tokens_per_second"] == pytest.approx(4 * value["tokens_per_second_per_device"])

@@ -9,9 +9,11 @@ from helpers import ROPE_SCALING, max_difference, quick_jit, random_batch, tiny_
 from jax.sharding import NamedSharding
 
 from tlite_jax.config import ExecutionConfig, MeshConfig
+from tlite_jax.errors import UserError
 from tlite_jax.loss import cross_entropy
 from tlite_jax.model import attention_xla, decoder
-from tlite_jax.sharding import BATCH_SPEC, FSDP, make_mesh, pad_params, unpad_params
+from tlite_jax.sharding import BATCH_SPEC, make_mesh, num_shards, pad_params, unpad_params
+from tlite_jax.train.context import check_context
 from tlite_jax.train.state import abstract_state, shardings
 from tlite_jax.train.step import make_gradients
 
@@ -25,11 +27,12 @@ CONFIGS = {
 }
 
 
-def gradients_of(config, params, batch, *, replica=1, fsdp=1, **execution):
+def gradients_of(config, params, batch, *, replica=1, fsdp=1, context=1, **execution):
     """Logical gradients of the summed loss, the loss and the count."""
-    mesh = make_mesh(MeshConfig(replica=replica, fsdp=fsdp), jax.devices()[: replica * fsdp])
+    mesh = MeshConfig(replica=replica, fsdp=fsdp, context=context)
+    mesh = make_mesh(mesh, jax.devices()[: replica * fsdp * context])
     specs = decoder.param_specs(config)
-    stored = jax.device_put(pad_params(params, specs, mesh.shape[FSDP]), shardings(abstract_state(config, mesh).params))
+    stored = jax.device_put(pad_params(params, specs, num_shards(mesh)), shardings(abstract_state(config, mesh).params))
     batch = jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
     execution = ExecutionConfig(**{"compute_dtype": "float32", "loss_chunk_tokens": 32, **execution})
     function = make_gradients(config, execution, mesh, document_masking="segment_ids" in batch)
@@ -80,6 +83,36 @@ def test_gradients_equal_autodiff_of_the_plain_model(name, replica, fsdp, execut
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
     assert max_difference(gradients, expected) < 3e-6 * largest
+
+
+@pytest.mark.parametrize(
+    ("replica", "fsdp", "context", "documents"), [(1, 1, 2, True), (2, 1, 4, False), (1, 2, 4, True)]
+)
+def test_a_sequence_split_over_devices_gives_the_same(replica, fsdp, context, documents):
+    config = tiny_model(num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3, rope_scaling=None)
+    params = random_params(config)
+    batch = random_batch(config, rows=4, length=24, documents=documents)
+    found = gradients_of(config, params, batch, replica=replica, fsdp=fsdp, context=context, num_microbatches=2)
+    gradients, loss, count = found
+    expected, expected_loss, expected_count = expected_of(config, params, batch)
+    assert count == expected_count
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
+    assert max_difference(gradients, expected) < 3e-6 * largest
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "mend"),
+    [
+        (3, 24, "does not divide the model's 4 kv heads; use one of 1, 2, 4"),
+        (4, 26, "does not divide data.sequence_length 26"),
+    ],
+)
+def test_a_context_that_cannot_be_dealt_out_is_refused(context, length, mend):
+    config = tiny_model(num_attention_heads=8, num_key_value_heads=4)
+    with pytest.raises(UserError, match=mend):
+        check_context(config, context, length)
+    check_context(config, 2, 24)
 
 
 def test_frequent_tokens_gradients_are_summed_in_float32():

@@ -22,7 +22,7 @@ from tlite_jax.config import ExecutionConfig, ModelConfig
 from tlite_jax.data.buckets import HeldOutBucket, HeldOutDocument
 from tlite_jax.loss import IGNORED, token_losses
 from tlite_jax.model import attention, decoder
-from tlite_jax.sharding import BATCH_SPEC, Collectives, make_gather, partition_specs
+from tlite_jax.sharding import ROWS_SPEC, Collectives, make_gather, partition_specs
 
 Rows = dict[str, np.ndarray]  # tokens, targets, segment_ids: [R, T] int32
 
@@ -116,7 +116,7 @@ class Evaluator:
             key: np.pad(x, ((0, padding), (0, 0)), constant_values=IGNORED if key == "targets" else 0)
             for key, x in rows.items()
         }
-        sharding = NamedSharding(self._mesh, BATCH_SPEC)
+        sharding = NamedSharding(self._mesh, ROWS_SPEC)
         losses = []
         for first in range(0, total + padding, self._batch_size):
             part = {key: x[first : first + self._batch_size] for key, x in padded.items()}
@@ -228,5 +228,5 @@ def _row_losses_fn(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) -
         return jnp.sum(losses_BT, axis=1)
 
     specs = partition_specs(decoder.param_specs(model))
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=BATCH_SPEC, check_vma=False)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(specs, ROWS_SPEC), out_specs=ROWS_SPEC, check_vma=False)
     return jax.jit(sharded, out_shardings=NamedSharding(mesh, PartitionSpec()))

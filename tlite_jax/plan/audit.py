@@ -22,12 +22,21 @@ Flops = Callable[[Instruction, Computation], float]
 
 @dataclass(frozen=True)
 class Intent:
-    """What the step was written to do; the mesh is (replica, fsdp), consecutive devices share an fsdp group."""
+    """What the step was written to do.
+
+    Attributes:
+      model, execution: sections of the config.
+      num_replicas, num_shards: consecutive devices share the shards of a parameter.
+      num_context: consecutive devices that share a sequence.
+      microbatch_tokens: of one device.
+    """
 
     model: ModelConfig
     execution: ExecutionConfig
     num_replicas: int
     num_shards: int
+    num_context: int = 1
+    microbatch_tokens: int = 0
 
     def parameters(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
         """(logical shape, stored shape, gathers a microbatch) of every parameter; a layer's L times."""
@@ -44,7 +53,8 @@ class Intent:
         """Bytes that a device cannot but send in a step with the chosen dtypes, by ring algorithms.
 
         A microbatch gathers each block's parameters twice and the others once, and reduce-scatters every gradient; a
-        step sums each shard over replicas once.
+        step sums each shard over replicas once. Where devices share sequences, a layer's attention sends q, k, v and
+        its result to the other layout and back: twice forward (the backward pass does the first again), and backward.
         """
         n, r, total = self.num_shards, self.num_replicas, 0.0
         compute, reduce, replica = (
@@ -59,6 +69,18 @@ class Intent:
             size = math.prod(shape)
             total += self.execution.num_microbatches * size * (gathers * compute + reduce) * (n - 1) / n
             total += 2 * (r - 1) / r * size / n * replica
+        c, model = self.num_context, self.model
+        query, key = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
+        exchanged = (query + 2 * key) * 3 + query * 2
+        total += (
+            self.execution.num_microbatches
+            * model.num_hidden_layers
+            * self.microbatch_tokens
+            * exchanged
+            * compute
+            * (c - 1)
+            / c
+        )
         return round(total)
 
 
@@ -207,6 +229,14 @@ def _within(intent: Intent) -> frozenset[frozenset[int]]:
     return frozenset(frozenset(range(r * n, (r + 1) * n)) for r in range(intent.num_replicas))
 
 
+def _sharing(intent: Intent) -> frozenset[frozenset[int]]:
+    """The groups that share a sequence."""
+    c = intent.num_context
+    return frozenset(
+        frozenset(range(first, first + c)) for first in range(0, intent.num_replicas * intent.num_shards, c)
+    )
+
+
 def _across(intent: Intent) -> frozenset[frozenset[int]]:
     n, r = intent.num_shards, intent.num_replicas
     return frozenset(frozenset(range(shard, r * n, n)) for shard in range(n))
@@ -217,7 +247,8 @@ def _violations(found: Sequence[_Found], intent: Intent) -> Iterator[str]:
     expected = {"all-gather": _within(intent), "reduce-scatter": _within(intent), "all-reduce": _across(intent)}
     for item in large:
         collective = item.collective
-        if item.groups != expected.get(collective.kind):
+        is_exchange = intent.num_context > 1 and item.groups == _sharing(intent)
+        if item.groups != expected.get(collective.kind) and not is_exchange:
             yield (
                 f"{collective.name}: {collective.kind} of {collective.buffer_bytes:,} bytes over "
                 f"{len(item.groups)} groups of {collective.group_size}, in no place of the plan"
@@ -238,7 +269,8 @@ def _dtype_violations(large: Sequence[_Found], intent: Intent) -> Iterator[str]:
     }
     for item in large:
         wire = item.collective.dtype
-        if (dtype := asked.get(item.collective.kind)) and wire != SHORT_DTYPES[dtype]:
+        dtype = asked.get(item.collective.kind)
+        if dtype and wire not in (SHORT_DTYPES[dtype], "s32"):  # s32: segment ids
             yield f"{item.collective.name}: {item.collective.kind} in {wire}, {SHORT_DTYPES[dtype]} was asked for"
 
 

@@ -16,8 +16,9 @@ from tlite_jax.plan.audit import Intent, collectives, parameter_bytes
 from tlite_jax.plan.hlo import Module
 from tlite_jax.plan.program import Memory, Program
 from tlite_jax.plan.work import Executed, Kernels
-from tlite_jax.sharding import BATCH_SPEC, FSDP, REPLICA, make_mesh
+from tlite_jax.sharding import BATCH_SPEC, CONTEXT, REPLICA, make_mesh, num_shards
 from tlite_jax.telemetry.throughput import flops_per_token
+from tlite_jax.train.context import check_context
 from tlite_jax.train.state import abstract_state
 from tlite_jax.train.step import check_batch, make_step, select_attention
 
@@ -37,17 +38,27 @@ def compile_program(config: RunConfig, devices: Sequence[jax.Device], *, devices
         raise UserError("model is not known: give model, or an init_from that exists")
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
+    context = mesh.shape[CONTEXT]
+    check_context(config.model, context, config.data.sequence_length)
     start = time.monotonic()
     compiled = _lower(config, config.model, mesh).compile()
     seconds = time.monotonic() - start
-    intent = Intent(config.model, config.execution, mesh.shape[REPLICA], mesh.shape[FSDP])
+    rows = config.train.batch_size // (mesh.size // context)
+    length, masks = config.data.sequence_length, config.data.document_masking
+    sequences = rows // config.execution.num_microbatches
+    intent = Intent(
+        config.model,
+        config.execution,
+        num_replicas=mesh.shape[REPLICA],
+        num_shards=num_shards(mesh),
+        num_context=context,
+        microbatch_tokens=sequences * length // context,
+    )
     text = compiled.as_text()
     assert text is not None
     module = Module(text)
-    rows = config.train.batch_size // mesh.size
-    length, masks = config.data.sequence_length, config.data.document_masking
     backend = attention.backend_name(select_attention(config.model, config.execution, mesh, masks, length))
-    shape = rows // config.execution.num_microbatches, length, config.model.num_attention_heads, config.model.head_dim
+    shape = sequences, length, config.model.num_attention_heads // context, config.model.head_dim
     executed = Executed(module, Kernels.of(module, backend, shape, masks))
     found, violations = collectives(module, intent, executed.flops, devices_per_node=devices_per_node)
     shard_bytes = parameter_bytes(config.model, intent.num_shards)
@@ -55,12 +66,12 @@ def compile_program(config: RunConfig, devices: Sequence[jax.Device], *, devices
         num_devices=mesh.size,
         num_nodes=math.ceil(mesh.size / devices_per_node),
         num_microbatches=config.execution.num_microbatches,
-        tokens_per_device=rows * length,
+        tokens_per_device=rows * length // context,
         compile_seconds=seconds,
-        memory=_memory(compiled, config.model, config.execution, intent, tokens=shape[0] * length),
+        memory=_memory(compiled, config.model, config.execution, intent),
         work=executed.work(
             config.model,
-            needed_flops=flops_per_token(config.model, length).mfu_causal * rows * length,
+            needed_flops=flops_per_token(config.model, length).mfu_causal * rows * length / context,
             shard_bytes=shard_bytes,
         ),
         collectives=found,
@@ -87,9 +98,7 @@ def _lower(config: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> ja
     return step.lower(abstract_state(model, mesh), dict.fromkeys(names, rows))  # type: ignore[attr-defined]
 
 
-def _memory(
-    compiled: jax.stages.Compiled, model: ModelConfig, execution: ExecutionConfig, intent: Intent, *, tokens: int
-) -> Memory:
+def _memory(compiled: jax.stages.Compiled, model: ModelConfig, execution: ExecutionConfig, intent: Intent) -> Memory:
     stats = compiled.memory_analysis()
     assert stats is not None
     shard_bytes = parameter_bytes(model, intent.num_shards)
@@ -101,7 +110,7 @@ def _memory(
         parameters_bytes=shard_bytes,
         optimizer_bytes=2 * shard_bytes,
         gradients_bytes=shard_bytes,
-        expected_temporaries_bytes=expected_temporaries(model, execution, tokens) + shard_bytes,
+        expected_temporaries_bytes=expected_temporaries(model, execution, intent.microbatch_tokens) + shard_bytes,
     )
 
 

@@ -37,8 +37,8 @@ class Plan:
     @property
     def mesh(self) -> tuple[int, int]:
         """(replica, fsdp)."""
-        replica = self.config.mesh.replica
-        return replica, self.config.mesh.fsdp or self.domain.num_devices // replica
+        mesh = self.config.mesh
+        return mesh.replica, mesh.fsdp or self.domain.num_devices // (mesh.replica * mesh.context)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hardware": plan.hardware.title,
         "nodes": plan.nodes,
         "devices": plan.domain.num_devices,
-        "mesh": {"replica": plan.mesh[0], "fsdp": plan.mesh[1]},
+        "mesh": {"replica": plan.mesh[0], "fsdp": plan.mesh[1], "context": plan.config.mesh.context},
         "num_microbatches": program.num_microbatches,
         "upper_bound": plan.on_cpu,
         "parameters": num_parameters(plan.config.model),
@@ -142,11 +142,13 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Prints the tables of a plan."""
     program, cost = plan.program, plan.cost
     replica, fsdp = plan.mesh
+    context = plan.config.mesh.context
+    shared = f" x context {context}" if context > 1 else ""
     slices = f" ({plan.domain.num_domains} x {plan.domain.name})" if plan.hardware.kind == "tpu" else ""
     bound = ", compiled for CPU devices: an upper bound" if plan.on_cpu else ""
     console.print(
         f"{plan.hardware.title}: {plan.nodes} nodes{slices}, {plan.domain.num_devices} devices, "
-        f"replica {replica} x fsdp {fsdp}, {program.num_microbatches} microbatches of "
+        f"replica {replica} x fsdp {fsdp}{shared}, {program.num_microbatches} microbatches of "
         f"{program.tokens_per_device // program.num_microbatches:,} tokens a device{bound}",
         highlight=False,
     )

@@ -37,7 +37,8 @@ class Candidate:
     @property
     def sequences(self) -> int:
         """In a microbatch, on a device."""
-        return self.config.train.batch_size // (self.program.num_devices * self.program.num_microbatches)
+        groups = self.program.num_devices // self.config.mesh.context
+        return self.config.train.batch_size // (groups * self.program.num_microbatches)
 
 
 def default_nodes(config: RunConfig, hardware: Hardware) -> int:
@@ -48,7 +49,7 @@ def default_nodes(config: RunConfig, hardware: Hardware) -> int:
     """
     if config.mesh.fsdp is None:
         raise UserError("mesh.fsdp is null, all devices that there are: give --nodes, or mesh.fsdp=...")
-    devices = config.mesh.replica * config.mesh.fsdp
+    devices = config.mesh.replica * config.mesh.fsdp * config.mesh.context
     if devices % hardware.devices_per_node:
         raise UserError(
             f"mesh: {config.mesh.replica} x {config.mesh.fsdp} is {devices} devices, no whole number of nodes of "
@@ -64,9 +65,12 @@ def check_mesh(config: RunConfig, hardware: Hardware, nodes: int) -> None:
       UserError: says both numbers and the meshes that fit.
     """
     devices = nodes * hardware.devices_per_node
-    replica, fsdp = config.mesh.replica, config.mesh.fsdp
-    if devices % replica if fsdp is None else replica * fsdp != devices:
-        needs = f"replica {replica}" if fsdp is None else f"replica {replica} x fsdp {fsdp} = {replica * fsdp} devices"
+    replica, fsdp, context = config.mesh.replica, config.mesh.fsdp, config.mesh.context
+    shared = f" x context {context}" if context > 1 else ""
+    if devices % (replica * context) if fsdp is None else replica * fsdp * context != devices:
+        needs = f"replica {replica}{shared}"
+        if fsdp is not None:
+            needs = f"replica {replica} x fsdp {fsdp}{shared} = {replica * fsdp * context} devices"
         raise UserError(
             f"mesh: {needs}, but {nodes} nodes of {hardware.devices_per_node} are {devices}; "
             f"{_meshes_that_fit(config, hardware, [nodes])}"
@@ -79,19 +83,20 @@ def check_batch(config: RunConfig, num_devices: int, num_microbatches: int) -> N
     Raises:
       UserError: names batch sizes that can.
     """
-    unit, batch_size = num_devices * num_microbatches, config.train.batch_size
+    groups, batch_size = num_devices // config.mesh.context, config.train.batch_size
+    unit = groups * num_microbatches
     if batch_size % unit:
         below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
         fits = " or ".join(str(size) for size in (below, above) if size)
         raise UserError(
-            f"train.batch_size {batch_size} is not divisible by {num_devices} devices x {num_microbatches} "
+            f"train.batch_size {batch_size} is not divisible by {groups} devices x {num_microbatches} "
             f"microbatches (execution.num_microbatches); use {fits}"
         )
 
 
-def meshes(num_devices: int, domain: Domain) -> list[tuple[int, int]]:
+def meshes(num_devices: int, domain: Domain, context: int = 1) -> list[tuple[int, int]]:
     """(replica, fsdp) worth trying: sharded within a domain, over two, over all; within a domain also over 8."""
-    inside = domain.devices_per_domain
+    num_devices, inside = num_devices // context, max(1, domain.devices_per_domain // context)
     sizes = {inside, 2 * inside, num_devices} if inside < num_devices else {inside, 8}
     return [(num_devices // size, size) for size in sorted(sizes) if size <= num_devices and num_devices % size == 0]
 
@@ -112,7 +117,7 @@ def search(config: RunConfig, domain: Domain, attempt: Try, price: Price) -> tup
       Those that fit, the fastest first, and a line for each that did not compile for another reason than memory.
     """
     remats = _remats(config)
-    richest = dict.fromkeys(meshes(domain.num_devices, domain), 0)
+    richest = dict.fromkeys(meshes(domain.num_devices, domain, config.mesh.context), 0)
     found: list[Candidate] = []
     failures: list[str] = []
     for sequences in range(1, MOST_SEQUENCES + 1):
@@ -146,10 +151,11 @@ def search(config: RunConfig, domain: Domain, attempt: Try, price: Price) -> tup
 def remedies(config: RunConfig, num_devices: int, sequences: int) -> list[Words]:
     """Variants that take less memory, one change at a time and then together, on the same devices."""
     smaller = _words_of_microbatches(config, num_devices, 1) if sequences > 1 else ()
+    groups = num_devices // config.mesh.context
     position = REMAT_BY_MEMORY.index(config.execution.remat)
     leaner = [(f"execution.remat={remat}",) for remat in ("attention", "full") if remat in REMAT_BY_MEMORY[:position]]
-    fsdp = config.mesh.fsdp or num_devices // config.mesh.replica
-    shards = ("mesh.replica=1", f"mesh.fsdp={num_devices}") if fsdp < num_devices else ()
+    fsdp = config.mesh.fsdp or groups // config.mesh.replica
+    shards = ("mesh.replica=1", f"mesh.fsdp={groups}") if fsdp < groups else ()
     single = [smaller, *leaner, shards]
     together = [
         (*first, *second)
@@ -164,10 +170,11 @@ def remedy_on(config: RunConfig, num_devices: int) -> Words:
 
     Where the batch does not divide over that many devices it is rounded up, which changes what is learned.
     """
-    batch_size = -(-config.train.batch_size // num_devices) * num_devices
+    groups = num_devices // config.mesh.context
+    batch_size = -(-config.train.batch_size // groups) * groups
     batch = () if batch_size == config.train.batch_size else (f"train.batch_size={batch_size}",)
-    shape = ("mesh.replica=1", f"mesh.fsdp={num_devices}", "execution.remat=full")
-    return (*batch, *shape, f"execution.num_microbatches={batch_size // num_devices}")
+    shape = ("mesh.replica=1", f"mesh.fsdp={groups}", "execution.remat=full")
+    return (*batch, *shape, f"execution.num_microbatches={batch_size // groups}")
 
 
 def first_fits(
@@ -204,9 +211,10 @@ def _remats(config: RunConfig) -> list[str]:
 
 
 def _words_of_microbatches(config: RunConfig, num_devices: int, sequences: int) -> Words:
-    if config.train.batch_size % (num_devices * sequences):
+    groups = num_devices // config.mesh.context
+    if config.train.batch_size % (groups * sequences):
         return ()
-    return (f"execution.num_microbatches={config.train.batch_size // (num_devices * sequences)}",)
+    return (f"execution.num_microbatches={config.train.batch_size // (groups * sequences)}",)
 
 
 def _nearest_nodes(devices: int, hardware: Hardware) -> list[int]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlite_jax.config import ExecutionConfig, ModelConfig
 from tlite_jax.model.decoder import block_specs
-from tlite_jax.sharding import FSDP
+from tlite_jax.sharding import num_shards
 
 Options = dict[str, bool | int | str]
 MARGIN = 1 << 20  # bytes, for the padding of shards
@@ -26,14 +27,14 @@ def compile_options(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) 
     device = mesh.devices.flat[0]
     if device.platform not in ("gpu", "cuda"):
         return {}
-    return _known(_gpu(model, execution, mesh.shape[FSDP]), device)
+    return _known(_gpu(model, execution, num_shards(mesh)), device)
 
 
-def _gpu(model: ModelConfig, execution: ExecutionConfig, num_shards: int) -> Options:
-    layer = sum(jnp.prod(jnp.array(spec.shape)).item() for spec in block_specs(model).values())
+def _gpu(model: ModelConfig, execution: ExecutionConfig, shards: int) -> Options:
+    layer = sum(math.prod(spec.shape) for spec in block_specs(model).values())
 
-    def layer_bytes(dtype: str) -> int:
-        return int(layer * jnp.dtype(dtype).itemsize) + MARGIN
+    def layer_bytes(dtype: str, parts: int = 1) -> int:
+        return layer * jnp.dtype(dtype).itemsize // parts + MARGIN
 
     options: Options = {
         # Starts a collective early and ends it late, so that products run meanwhile.
@@ -45,8 +46,7 @@ def _gpu(model: ModelConfig, execution: ExecutionConfig, num_shards: int) -> Opt
         # A layer's parameters travel as one message, and not more than a layer's.
         "xla_gpu_all_gather_combine_threshold_bytes": layer_bytes(execution.compute_dtype),
         "xla_gpu_reduce_scatter_combine_threshold_bytes": layer_bytes(execution.reduce_dtype),
-        "xla_gpu_all_reduce_combine_threshold_bytes": layer_bytes(execution.replica_reduce_dtype) // num_shards
-        + MARGIN,
+        "xla_gpu_all_reduce_combine_threshold_bytes": layer_bytes(execution.replica_reduce_dtype, shards),
         # Percent of the memory that XLA thinks free. Where it sees too little it recomputes and gives up scheduling,
         # which made the program larger by half in what we compiled. Whether a step fits, `plan` says.
         "xla_gpu_memory_limit_slop_factor": 1000,

@@ -20,6 +20,7 @@ from tlite_jax.model import decoder
 from tlite_jax.model.attention import Attend
 from tlite_jax.model.layers import rms_norm
 from tlite_jax.sharding import Collectives
+from tlite_jax.train.context import local_positions
 from tlite_jax.train.layers import Layers, Sum, Tree
 
 Batch = dict[str, jax.Array]  # tokens, targets and, with document masking, segment_ids: [B, T] int32
@@ -71,7 +72,7 @@ class Gradients:
         gradients, loss, count = sums
         collectives, specs = self.collectives, decoder.param_specs(self.model)
         layers = Layers(self.model, collectives, self.attend, self.execution.remat)
-        rope = decoder.rope_at(self.model, jnp.arange(batch["tokens"].shape[1])[None])
+        rope = decoder.rope_at(self.model, local_positions(batch["tokens"].shape[1])[None])
         tied = self.model.tie_word_embeddings
         names = ("final_norm",) if tied else ("final_norm", "head")
         head_specs = _only(specs, names)

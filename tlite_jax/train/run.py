@@ -22,6 +22,8 @@ from tlite_jax.data.mixture import make_plan
 from tlite_jax.data.order import Plan, Segment
 from tlite_jax.data.tokenize import check_vocabulary, load_tokenizer
 from tlite_jax.errors import UserError
+from tlite_jax.sharding import CONTEXT
+from tlite_jax.train.context import check_context
 from tlite_jax.train.state import TrainState, init_state, start_state
 from tlite_jax.train.step import check_batch
 
@@ -132,6 +134,9 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     if mesh is not None:
         check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
     config, base, resumed = resolve(config)
+    assert config.model is not None
+    if mesh is not None:
+        check_context(config.model, mesh.shape[CONTEXT], config.data.sequence_length)
     directory = config.output
     store, plan = _plan(config)
     total_steps = config.train.steps or plan.total_rows // config.train.batch_size

@@ -10,11 +10,11 @@ from tlite_jax import optimizer
 from tlite_jax.config import ModelConfig
 from tlite_jax.model.decoder import init_params, param_specs
 from tlite_jax.optimizer import AdamState
-from tlite_jax.sharding import FSDP, abstract_params, pad_params
+from tlite_jax.sharding import abstract_params, num_shards, pad_params
 
 
 class TrainState(NamedTuple):
-    """Float32 masters and moments, sharded over `fsdp`; step is the number of batches completed in this run."""
+    """Float32 masters and moments, sharded over devices; step is the number of batches completed in this run."""
 
     step: jax.Array
     params: Any
@@ -38,7 +38,7 @@ def init_state(model: ModelConfig, mesh: Mesh, seed: int) -> TrainState:
     """Random parameters and zero moments, made on the mesh in their shards."""
 
     def init() -> TrainState:
-        params = pad_params(init_params(model, seed), param_specs(model), mesh.shape[FSDP])
+        params = pad_params(init_params(model, seed), param_specs(model), num_shards(mesh))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(init, out_shardings=shardings(abstract_state(model, mesh)))()

@@ -17,8 +17,9 @@ from tlite_jax.errors import UserError
 from tlite_jax.model import attention, decoder
 from tlite_jax.model.attention import Attend
 from tlite_jax.optimizer import Schedule
-from tlite_jax.sharding import BATCH_SPEC, FSDP, REPLICA, Collectives, partition_specs
+from tlite_jax.sharding import BATCH_SPEC, CONTEXT, DEVICES, Collectives, partition_specs
 from tlite_jax.train.compile_options import compile_options
+from tlite_jax.train.context import across_context
 from tlite_jax.train.gradients import Batch, Gradients
 from tlite_jax.train.state import TrainState, abstract_state, shardings
 
@@ -28,12 +29,13 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int) -> None:
     """Raises UserError when sequences cannot be dealt out evenly; names batch sizes that can."""
-    unit = mesh.size * num_microbatches
+    groups = mesh.size // mesh.shape[CONTEXT]
+    unit = groups * num_microbatches
     if batch_size % unit:
         below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
         fits = " or ".join(str(size) for size in (below, above) if size)
         raise UserError(
-            f"train.batch_size {batch_size} is not divisible by {mesh.size} devices x {num_microbatches} microbatches "
+            f"train.batch_size {batch_size} is not divisible by {groups} devices x {num_microbatches} microbatches "
             f"(execution.num_microbatches); use {fits}"
         )
 
@@ -59,9 +61,10 @@ def make_gradients(
     collectives = Collectives.of(mesh, execution)
 
     def local_gradients(params: Any, batch: Batch) -> tuple[Any, jax.Array, jax.Array]:
-        attend = select_attention(model, execution, mesh, document_masking, batch["tokens"].shape[1])
+        length = batch["tokens"].shape[1] * mesh.shape[CONTEXT]
+        attend = across_context(select_attention(model, execution, mesh, document_masking, length), mesh.shape[CONTEXT])
         gradients, loss, count = Gradients(model, execution, collectives, attend)(params, batch)
-        return gradients, jax.lax.psum(loss, (REPLICA, FSDP)), jax.lax.psum(count, (REPLICA, FSDP))
+        return gradients, jax.lax.psum(loss, DEVICES), jax.lax.psum(count, DEVICES)
 
     specs = partition_specs(decoder.param_specs(model))
     scalar = PartitionSpec()
