@@ -170,13 +170,33 @@ def _dot_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """TPUs write products so: what is summed over is the kernel's input features and its window."""
-    kernel = computation.by_name[instruction.operands[1]].results[0]
-    labels = instruction.attribute(r"dim_labels=\w+_(\w+)->")
-    window = math.prod(int(size) for size in (instruction.attribute(r"window=\{size=([\dx]+)") or "1").split("x"))
-    features = kernel.dims[labels.index("i")] if labels else 1
-    batches = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
-    return 2.0 * instruction.results[0].size * features * window / batches
+    """TPUs write products so: what is summed over is the kernel's input features and, where the input is, its window."""
+    source, kernel = (computation.by_name[name].results[0] for name in instruction.operands[:2])
+    labels = instruction.attribute(r"dim_labels=(\w+_\w+->\w+)")
+    assert labels
+    of_source, of_kernel, of_result = re.split("_|->", labels)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", instruction.attribute(r"window=\{([^}]*)\}") or ""))
+    summed = float(kernel.dims[of_kernel.index("i")])
+    for number, axis in enumerate(sorted(filter(str.isdigit, of_result))):
+        size, outputs = source.dims[of_source.index(axis)], instruction.results[0].dims[of_result.index(axis)]
+        summed *= _taps(window, number, size, outputs) / outputs
+    return 2.0 * instruction.results[0].size * summed / int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
+
+
+def _taps(window: dict[str, str], number: int, size: int, outputs: int) -> int:
+    """Pairs of an output and a tap of the window, along one of its dims, that meet the input and not its padding."""
+
+    def of(name: str, default: str) -> str:
+        return window[name].split("x")[number] if name in window else default
+
+    taps, stride = int(of("size", "1")), int(of("stride", "1"))
+    low, source_step, tap_step = (
+        int(of("pad", "0_0").split("_")[0]),
+        int(of("lhs_dilate", "1")),
+        int(of("rhs_dilate", "1")),
+    )
+    places = np.arange(outputs)[:, None] * stride + np.arange(taps) * tap_step - low
+    return int(np.sum((places >= 0) & (places <= (size - 1) * source_step) & (places % source_step == 0)))
 
 
 def _gemm_flops(instruction: Instruction, computation: Computation) -> float:
