@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from tlite_jax.plan.program import Collective, Where
 from tlite_jax.sharding import map_specs, padded_shape
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
-SMALL_BYTES = 4096  # the loss, the count of tokens, the gradient's norm
+SMALL_BYTES = 1 << 16  # norms and biases, the loss, the gradient's norm: these may travel as the compiler likes
 
 Flops = Callable[[Instruction, Computation], float]
 
@@ -124,8 +124,9 @@ class _Reader:
         """The collectives that a computation reaches, which runs `trips` times in a step."""
         computation = self.module.computations[name]
         for place, instruction in enumerate(computation.instructions):
-            if kind := _kind(self.module, instruction):
-                yield self._found(kind, computation, place, trips, in_layers, in_microbatches)
+            if sent := _sent(self.module, computation, instruction):
+                yield self._found(sent, computation, place, trips, in_layers, in_microbatches)
+            if sent or instruction.opcode == "fusion":
                 continue
             for role, callee in instruction.called:
                 if role == "body":
@@ -141,22 +142,21 @@ class _Reader:
                     yield from self.read(callee, trips=trips, in_layers=in_layers, in_microbatches=in_microbatches)
 
     def _found(
-        self, kind: str, computation: Computation, place: int, trips: int, in_layers: bool, in_microbatches: bool
+        self, sent: "_Sent", computation: Computation, place: int, trips: int, in_layers: bool, in_microbatches: bool
     ) -> _Found:
-        instruction = computation.instructions[place]
-        ids = self._groups(instruction)
+        kind, instruction = sent.kind, computation.instructions[place]
+        ids = _groups(sent.collective)
         operands = tuple(
             array
-            for operand in instruction.operands
-            if operand in computation.by_name
-            for array in computation.by_name[operand].results
+            for operand in sent.collective.operands
+            if operand in sent.computation.by_name
+            for array in sent.computation.by_name[operand].results
         )
         members = ids.shape[1]
         buffer = sum(array.num_bytes for array in operands) * (members if kind == "all-gather" else 1)
         wire = buffer * (members - 1) / members * (2 if kind == "all-reduce" else 1)
         groups = frozenset(frozenset(row) for row in ids.tolist())
         nodes = ids // self.devices_per_node
-        asynchronous = instruction.opcode.endswith("-start")
         where: Where = "loop" if in_layers else "edge"
         if self.intent.num_replicas > 1 and groups == _across(self.intent) and buffer > SMALL_BYTES:
             where = "replica"
@@ -171,29 +171,74 @@ class _Reader:
             count=trips,
             buffer_bytes=buffer,
             wire_bytes=round(wire),
-            overlapped_flops=_spanned(computation, place, self.flops) if asynchronous else 0.0,
-            is_async=asynchronous,
+            overlapped_flops=self._spanned(computation, place, sent) if sent.is_start else 0.0,
+            is_async=sent.is_start,
         )
         return _Found(collective, operands, groups, in_microbatches)
 
-    def _groups(self, instruction: Instruction) -> np.ndarray:
-        """[groups, members] of device ids; those of a permutation are its pairs."""
-        text = instruction.text
-        if instruction.opcode.startswith("async"):
-            wrapped = self.module.computations[dict(instruction.called)["calls"]]
-            text = next(inner.text for inner in wrapped.instructions if _kind(self.module, inner))
-        if "source_target_pairs=" in text:
-            return replica_groups(text.split("source_target_pairs=")[1])
-        return replica_groups(text.split("replica_groups=")[1])
+    def _spanned(self, computation: Computation, place: int, sent: "_Sent") -> float:
+        """FLOPs between a start and its end, in the order of the schedule."""
+        start, total = computation.instructions[place], 0.0
+        for instruction in computation.instructions[place + 1 :]:
+            if start.name in instruction.operands and instruction.opcode.endswith("-done"):
+                break
+            if _ends_fused(self.module, instruction, sent.collective):
+                break
+            total += self.flops(instruction, computation)
+        return total
 
 
-def _kind(module: Module, instruction: Instruction) -> str | None:
+class _Sent(NamedTuple):
+    """A collective as an instruction does or starts it: itself, or inside of what the instruction calls."""
+
+    kind: str
+    computation: Computation
+    collective: Instruction
+    is_start: bool
+
+
+def _sent(module: Module, computation: Computation, instruction: Instruction) -> _Sent | None:
+    """What an instruction sends, if it sends anything.
+
+    On TPUs collectives are fusions: an all-reduce with the slice of it that is kept (a reduce-scatter by another
+    name), or one that other fusions carry on beside their products until one that ends it; those send nothing new.
+    """
     opcode = instruction.opcode.removesuffix("-start")
+    if opcode in COLLECTIVES:
+        return _Sent(opcode, computation, instruction, instruction.opcode != opcode)
+    if opcode not in ("async", "fusion"):
+        return None
+    called = module.computations.get(dict(instruction.called).get("calls", ""))
+    inner = next((i for i in called.instructions if i.opcode in COLLECTIVES), None) if called else None
+    if called is None or inner is None:
+        return None
     if opcode == "async":
-        inner = next((callee for role, callee in instruction.called if role == "calls"), None)
-        opcodes = [i.opcode for i in module.computations[inner].instructions] if inner else []
-        return next((kind for kind in COLLECTIVES if kind in opcodes), None)
-    return opcode if opcode in COLLECTIVES else None
+        return _Sent(inner.opcode, called, inner, True)
+    if "all-reduce-scatter" in called.name:
+        return _Sent("reduce-scatter", called, inner, False)
+    if _has_target(called, "AsyncCollectiveStart"):
+        return _Sent(inner.opcode, called, inner, True)
+    return None
+
+
+def _ends_fused(module: Module, instruction: Instruction, collective: Instruction) -> bool:
+    called = module.computations.get(dict(instruction.called).get("calls", ""))
+    channel = collective.attribute(r"channel_id=(\d+)")
+    return (
+        called is not None
+        and _has_target(called, "AsyncCollectiveDone")
+        and any(channel and i.attribute(r"channel_id=(\d+)") == channel for i in called.instructions)
+    )
+
+
+def _has_target(computation: Computation, target: str) -> bool:
+    return any(f'custom_call_target="{target}"' in instruction.text for instruction in computation.instructions)
+
+
+def _groups(collective: Instruction) -> np.ndarray:
+    """[groups, members] of device ids; those of a permutation are its pairs."""
+    mark = "source_target_pairs=" if "source_target_pairs=" in collective.text else "replica_groups="
+    return replica_groups(collective.text.split(mark)[1])
 
 
 def _has_communicating_loop(module: Module, name: str) -> bool:
@@ -208,25 +253,19 @@ def _has_communicating_loop(module: Module, name: str) -> bool:
 
 def _communicates(module: Module, name: str) -> bool:
     return any(
-        _kind(module, instruction)
+        _sent(module, module.computations[name], instruction)
         or any(_communicates(module, callee) for role, callee in instruction.called if role != "condition")
         for instruction in module.computations[name].instructions
     )
 
 
-def _spanned(computation: Computation, place: int, flops: Flops) -> float:
-    """FLOPs between a start and its end, in the order of the schedule."""
-    name, total = computation.instructions[place].name, 0.0
-    for instruction in computation.instructions[place + 1 :]:
-        if name in instruction.operands and instruction.opcode.endswith("-done"):
-            return total
-        total += flops(instruction, computation)
-    return total
-
-
 def _within(intent: Intent) -> frozenset[frozenset[int]]:
     n = intent.num_shards
     return frozenset(frozenset(range(r * n, (r + 1) * n)) for r in range(intent.num_replicas))
+
+
+def _stays_within(groups: frozenset[frozenset[int]], intent: Intent) -> bool:
+    return all(len({device // intent.num_shards for device in group}) == 1 for group in groups)
 
 
 def _sharing(intent: Intent) -> frozenset[frozenset[int]]:
@@ -247,7 +286,10 @@ def _violations(found: Sequence[_Found], intent: Intent) -> Iterator[str]:
     expected = {"all-gather": _within(intent), "reduce-scatter": _within(intent), "all-reduce": _across(intent)}
     for item in large:
         collective = item.collective
-        is_exchange = intent.num_context > 1 and item.groups == _sharing(intent)
+        # Between those that share a sequence; or, on TPUs, where a reduce-scatter's pieces do not end at a shard's.
+        is_exchange = (intent.num_context > 1 and item.groups == _sharing(intent)) or (
+            collective.kind == "collective-permute" and _stays_within(item.groups, intent)
+        )
         if item.groups != expected.get(collective.kind) and not is_exchange:
             yield (
                 f"{collective.name}: {collective.kind} of {collective.buffer_bytes:,} bytes over "

@@ -170,7 +170,7 @@ def _dot_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """TPUs write products so: what is summed over is the kernel's input features and, where the input is, its window."""
+    """TPUs write products so: summed over the kernel's input features and, where the input is, its window."""
     source, kernel = (computation.by_name[name].results[0] for name in instruction.operands[:2])
     labels = instruction.attribute(r"dim_labels=(\w+_\w+->\w+)")
     assert labels

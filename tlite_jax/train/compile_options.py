@@ -15,6 +15,14 @@ from tlite_jax.sharding import num_shards
 
 Options = dict[str, bool | int | str]
 MARGIN = 1 << 20  # bytes, for the padding of shards
+# Gathers of weights go on beside products, several products long; otherwise libtpu ends each before the next begins.
+# (Fusing reduce-scatters too does not fit into vector memory at 8B's widths.)
+TPU: Options = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+}
 
 
 def compile_options(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) -> Options:
@@ -25,9 +33,9 @@ def compile_options(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) 
       mesh: of the devices to compile for, which may be described ones (`jax.experimental.topologies`).
     """
     device = mesh.devices.flat[0]
-    if device.platform not in ("gpu", "cuda"):
-        return {}
-    return _known(_gpu(model, execution, num_shards(mesh)), device)
+    if device.platform in ("gpu", "cuda"):
+        return _known(_gpu(model, execution, num_shards(mesh)), device)
+    return _known(TPU, device) if device.platform == "tpu" else {}
 
 
 def _gpu(model: ModelConfig, execution: ExecutionConfig, shards: int) -> Options:
