@@ -17,6 +17,8 @@ from tlite_jax.sharding import map_specs, padded_shape
 SHORT_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 SMALL_BYTES = 1 << 16  # norms and biases, the loss, the gradient's norm: these may travel as the compiler likes
 
+_SMALL_CALLS = ("condition", "to_apply")  # roles of computations too small to communicate
+
 Flops = Callable[[Instruction, Computation], float]
 
 
@@ -138,7 +140,7 @@ class _Reader:
                         in_layers=in_layers or not is_outer,
                         in_microbatches=in_microbatches or is_outer,
                     )
-                elif role not in ("condition", "to_apply"):
+                elif role not in _SMALL_CALLS:
                     yield from self.read(callee, trips=trips, in_layers=in_layers, in_microbatches=in_microbatches)
 
     def _found(
@@ -246,7 +248,7 @@ def _has_communicating_loop(module: Module, name: str) -> bool:
         for role, callee in instruction.called:
             if role == "body" and _communicates(module, callee):
                 return True
-            if role not in ("body", "condition", "to_apply") and _has_communicating_loop(module, callee):
+            if role not in ("body", *_SMALL_CALLS) and _has_communicating_loop(module, callee):
                 return True
     return False
 
@@ -254,7 +256,7 @@ def _has_communicating_loop(module: Module, name: str) -> bool:
 def _communicates(module: Module, name: str) -> bool:
     return any(
         _sent(module, module.computations[name], instruction)
-        or any(_communicates(module, callee) for role, callee in instruction.called if role != "condition")
+        or any(_communicates(module, callee) for role, callee in instruction.called if role not in _SMALL_CALLS)
         for instruction in module.computations[name].instructions
     )
 
