@@ -17,8 +17,6 @@ from tlite_jax.sharding import map_specs, padded_shape
 SHORT_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 SMALL_BYTES = 1 << 16  # norms and biases, the loss, the gradient's norm: these may travel as the compiler likes
 
-_SMALL_CALLS = ("condition", "to_apply")  # roles of computations too small to communicate
-
 Flops = Callable[[Instruction, Computation], float]
 
 
@@ -140,7 +138,7 @@ class _Reader:
                         in_layers=in_layers or not is_outer,
                         in_microbatches=in_microbatches or is_outer,
                     )
-                elif role not in _SMALL_CALLS:
+                elif role != "condition":
                     yield from self.read(callee, trips=trips, in_layers=in_layers, in_microbatches=in_microbatches)
 
     def _found(
@@ -248,7 +246,7 @@ def _has_communicating_loop(module: Module, name: str) -> bool:
         for role, callee in instruction.called:
             if role == "body" and _communicates(module, callee):
                 return True
-            if role not in ("body", *_SMALL_CALLS) and _has_communicating_loop(module, callee):
+            if role not in ("body", "condition") and _has_communicating_loop(module, callee):
                 return True
     return False
 
@@ -256,7 +254,7 @@ def _has_communicating_loop(module: Module, name: str) -> bool:
 def _communicates(module: Module, name: str) -> bool:
     return any(
         _sent(module, module.computations[name], instruction)
-        or any(_communicates(module, callee) for role, callee in instruction.called if role not in _SMALL_CALLS)
+        or any(_communicates(module, callee) for role, callee in instruction.called if role != "condition")
         for instruction in module.computations[name].instructions
     )
 
@@ -301,7 +299,7 @@ def _violations(found: Sequence[_Found], intent: Intent) -> Iterator[str]:
             yield f"{collective.name}: a sum over replicas inside the loop over microbatches"
     yield from _dtype_violations(large, intent)
     yield from _gather_violations(large, intent)
-    yield from _replica_violations(large, intent)
+    yield from _replica_violations(found, intent)
 
 
 def _dtype_violations(large: Sequence[_Found], intent: Intent) -> Iterator[str]:
@@ -349,14 +347,14 @@ def _bare(dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for size in dims if size != 1)
 
 
-def _replica_violations(large: Sequence[_Found], intent: Intent) -> Iterator[str]:
+def _replica_violations(found: Sequence[_Found], intent: Intent) -> Iterator[str]:
     if intent.num_replicas == 1:
         return
     wanted = sum(math.prod(stored) // intent.num_shards for _, stored, _ in intent.parameters())
     seen = sum(
         item.collective.count * sum(array.size for array in item.operands)
-        for item in large
-        if item.collective.where == "replica"
+        for item in found
+        if item.collective.kind == "all-reduce" and item.groups == _across(intent)
     )
     if abs(seen - wanted) > 0.01 * wanted:
         yield f"sums over replicas of {seen:,} numbers a step, {wanted:,} are needed: each gradient shard's once"

@@ -55,8 +55,12 @@ class Instruction:
 
     @property
     def called(self) -> list[tuple[str, str]]:
-        """(role, computation) of everything it calls."""
-        pairs = _CALLED.findall(self.text)
+        """(role, computation) of what it runs: body, condition, branch, calls; not a reduction's scalar function."""
+        pairs = [
+            ("calls" if role == "to_apply" else role, name)
+            for role, name in _CALLED.findall(self.text)
+            if role != "to_apply" or self.opcode == "call"
+        ]
         if branches := _BRANCHES.search(self.text):
             pairs += [("branch", name.strip().lstrip("%")) for name in branches[1].split(",")]
         return pairs

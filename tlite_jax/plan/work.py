@@ -120,7 +120,7 @@ class Executed:
             if instruction.opcode in ("while", "call", "conditional"):
                 trips = self._module.trip_count(instruction) if instruction.opcode == "while" else 1
                 for role, callee in instruction.called:
-                    if role not in ("condition", "to_apply") or instruction.opcode == "call":
+                    if role != "condition":
                         totals = [a + trips * b for a, b in zip(totals, self._traffic(callee), strict=True)]
             elif instruction.opcode not in _FREE:
                 place = 1 if _is_kernel(instruction) else 0 if self._module.flops(instruction, computation) else 2
