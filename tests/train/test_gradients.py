@@ -70,6 +70,7 @@ def random_params(config):
         ("one_layer", 1, 1, {}),
         ("three_layers", 4, 1, {"num_microbatches": 3}),
         ("three_layers", 1, 4, {"remat": "none"}),
+        ("three_layers", 2, 2, {"remat": "offload"}),
         ("five_layers_tied", 2, 2, {"num_microbatches": 1}),
     ],
 )

@@ -130,11 +130,18 @@ class Executed:
     def _moved(self, instruction: Instruction, computation: Computation) -> float:
         operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
         written = float(sum(array.num_bytes for array in instruction.results))
-        if instruction.opcode == "dynamic-update-slice":
-            return 2.0 * sum(array.num_bytes for array in operands[1].results)
-        if instruction.opcode in ("dynamic-slice", "slice", "broadcast"):
-            return (2.0 if "slice" in instruction.opcode else 1.0) * written
-        if instruction.opcode == "fusion":
+        if instruction.opcode.endswith("-done"):
+            return 0.0
+        match instruction.opcode:
+            case "dynamic-update-slice":
+                return 2.0 * _bytes(operands[1].results)
+            case "copy-start":
+                return 2.0 * instruction.results[0].num_bytes
+            case "dynamic-slice" | "slice":
+                return 2.0 * written
+            case "broadcast":
+                return written
+        if instruction.opcode in ("fusion", "fusion-start"):
             fused = self._module.computations[dict(instruction.called)["calls"]]
             return _fusion_reads(fused) + _fusion_writes(fused)
         return written + sum(array.num_bytes for operand in operands for array in operand.results)

@@ -32,7 +32,9 @@ def compile_options(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) 
       model, execution: sections of the run's config.
       mesh: of the devices to compile for, which may be described ones (`jax.experimental.topologies`).
     """
-    device = mesh.devices.flat[0]
+    # One of this process's own: a program for another's cannot be compiled here alone.
+    own = (device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    device = next(own, mesh.devices.flat[0])
     if device.platform in ("gpu", "cuda"):
         return _known(_gpu(model, execution, num_shards(mesh)), device)
     return _known(TPU, device) if device.platform == "tpu" else {}
