@@ -168,3 +168,29 @@ def test_traffic_counts_slices_and_updates_in_place_as_what_they_move():
     array = 64 * 1024 * 4
     assert 2 * array <= work.elementwise_bytes <= 5 * array
     assert work.matmul_flops == np.float64(0)
+
+
+@pytest.mark.parametrize(
+    ("line", "forward", "backward"),
+    [
+        ('%a.1 = (bf16[8]{0}) custom-call(%q), custom_call_target="__cudnn$fmhaSoftmax"', 1, 0),
+        ('%a.1 = (bf16[8]{0}) custom-call(%q), custom_call_target="__cudnn$fmhaSoftmaxBackward"', 0, 1),
+        ('%splash_mha_fwd_residuals.2 = (bf16[8]{0}) custom-call(%q), custom_call_target="tpu_custom_call"', 1, 0),
+        ('%splash_mha_dkv_no_residuals.2 = (bf16[8]{0}) custom-call(%q), custom_call_target="tpu_custom_call"', 0, 1),
+        (
+            '%c = (bf16[8]{0}) custom-call(%q), custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="jit(step)/transpose(jvp())/mha/pallas_call"}',
+            0,
+            1,
+        ),
+        ('%c = (bf16[8]{0}) custom-call(%q), custom_call_target="cub$DeviceRadixSort"', 0, 0),
+    ],
+)
+def test_attention_kernels_are_told_apart(line, forward, backward):
+    text = (
+        f"HloModule m\n\nENTRY %main (q: bf16[8]) -> bf16[8] {{\n  %q = bf16[8]{{0}} parameter(0)\n  ROOT {line}\n}}\n"
+    )
+    module = Module(text)
+    kernels = Kernels(forward=1.0, backward=100.0, num_backward=2)
+    flops = Executed(module, kernels).work(tiny_model(), needed_flops=0, shard_bytes=0).attention_flops
+    assert flops == forward + 50 * backward

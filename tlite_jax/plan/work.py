@@ -1,6 +1,7 @@
 """The arithmetic and the memory traffic of a compiled step, on one device."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from tlite_jax.config import ModelConfig
@@ -72,6 +73,8 @@ def _is_backward(instruction: Instruction) -> bool:
     target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
     if "fmha" in target:
         return "Backward" in target
+    if re.search("dq|dkv|bwd|backward", instruction.name):
+        return True
     origin = instruction.attribute(r'op_name="([^"]*)"') or ""
     return "transpose(" in origin and "rematted_computation" not in origin
 
