@@ -40,7 +40,7 @@ def refused(file: Path, *overrides: str) -> str:
     [
         ("optimizer.learning_rat=1e-3", "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?"),
         ("trian.steps=3", "trian: unknown key; did you mean 'train'?"),
-        ("mesh.xyzzy=3", "mesh.xyzzy: unknown key; known here: fsdp, replica"),
+        ("mesh.xyzzy=3", "mesh.xyzzy: unknown key; known here: context, fsdp, replica"),
         ("model.rope_scaling={factr: 8.0}", "model.rope_scaling.factr: unknown key; did you mean 'factor'?"),
         ("data.mixture.groups=[{selekt: {}, epochs: 1}]", "groups.0.selekt: unknown key; did you mean 'select'?"),
         ("data.prepare.held_out.max_document=3", "max_document: unknown key; did you mean 'max_documents'?"),

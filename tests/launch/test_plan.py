@@ -100,7 +100,7 @@ def test_a_plan_that_fits(plan: Callable[..., Ended], compiler: Compiler, tmp_pa
     value = json.loads(ended.out)
     assert value["fits"] is True
     assert value["hardware"].startswith("NVIDIA H100")
-    assert (value["devices"], value["mesh"]) == (16, {"replica": 1, "fsdp": 16})
+    assert (value["devices"], value["mesh"]) == (16, {"replica": 1, "fsdp": 16, "context": 1})
     assert value["memory"]["capacity_bytes"] == compiler.requests[0].hardware.memory_bytes
     assert value["dollars"] > 0
     assert (value["remedies"], value["audit"]) == ([], None)

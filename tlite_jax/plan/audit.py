@@ -158,7 +158,7 @@ class _Reader:
         groups = frozenset(frozenset(row) for row in ids.tolist())
         nodes = ids // self.devices_per_node
         where: Where = "loop" if in_layers else "edge"
-        if self.intent.num_replicas > 1 and groups == _across(self.intent) and buffer > SMALL_BYTES:
+        if self.intent.num_replicas > 1 and groups == _across(self.intent):
             where = "replica"
         collective = Collective(
             name=instruction.name,
