@@ -45,6 +45,12 @@ class Forward(NamedTuple):
     weights: Tree
     constants: tuple[Any, ...]
 
+    def pull(self, layer: Any, weights: Tree, dx_BTD: jax.Array) -> tuple[Tree, jax.Array]:
+        """Gradients of a layer's weights and of its input."""
+        vjp = _index(self.saved, layer)
+        vjp.args_res[0], vjp.args_res[2:] = weights, list(self.constants)
+        return vjp(dx_BTD)[:2]
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -80,15 +86,18 @@ class Layers:
 
         def body(carry: tuple[jax.Array, Tree], layer: jax.Array) -> tuple[tuple[jax.Array, Tree], Any]:
             x_BTD, weights = carry
-            # After the last layer its own weights again: the backward pass begins with them.
-            following = self._gather(blocks, jnp.minimum(layer + 1, top))
+            if self._is_alone:
+                weights, following = self._gather(blocks, layer), None
+            else:
+                # After the last layer its own weights again: the backward pass begins with them.
+                following = self._gather(blocks, jnp.minimum(layer + 1, top))
             vjp: Any
             x_BTD, vjp = jax.vjp(apply, weights, x_BTD, rope, segment_ids_BT)
             # It keeps its arguments, of which only x is worth it: the others are at hand in the backward pass.
             vjp.args_res[0], vjp.args_res[2:] = None, [None, None]
             return (x_BTD, following), vjp
 
-        carry = x_BTD, self._gather(blocks, 0)
+        carry = x_BTD, None if self._is_alone else self._gather(blocks, 0)
         (x_BTD, weights), saved = jax.lax.scan(body, carry, jnp.arange(top + 1))
         return x_BTD, Forward(saved, weights, (rope, segment_ids_BT))
 
@@ -109,6 +118,9 @@ class Layers:
         Returns:
           The gradient of the first layer's input, the new sums, and the head's.
         """
+        if self._is_alone:
+            dx_BTD, sums = self._backward_alone(blocks, sums, forward, dx_BTD)
+            return dx_BTD, sums, self.collectives.accumulate(head.shards, dhead, head.specs)
         top = self.model.num_hidden_layers - 1
         collectives, specs = self.collectives, decoder.block_specs(self.model)
         over_replicas = last and collectives.num_replicas > 1
@@ -123,9 +135,7 @@ class Layers:
                 sums = _update(sums, layer + 2, collectives.sum_replicas(complete))
             if num_behind > 0:
                 sums = _update(sums, layer + 1, collectives.accumulate(incomplete, gradients, specs))
-            vjp = _index(forward.saved, layer)
-            vjp.args_res[0], vjp.args_res[2:] = weights, list(forward.constants)
-            gradients, dx_BTD = vjp(dx_BTD)[:2]
+            gradients, dx_BTD = forward.pull(layer, weights, dx_BTD)
             return (dx_BTD, preceding, gradients, sums), None
 
         def reduce_head(stage: int, head_sums: Tree, dx_BTD: jax.Array) -> tuple[Tree, jax.Array]:
@@ -152,6 +162,25 @@ class Layers:
         for layer in range(min(top, 1), -1, -1) if over_replicas else ():
             sums = _update(sums, layer, collectives.sum_replicas(_index(sums, layer)))
         return dx_BTD, sums, head_sums
+
+    @property
+    def _is_alone(self) -> bool:
+        """On one device there is nothing to wait for, and carrying weights and gradients along would copy them."""
+        return self.collectives.num_shards == self.collectives.num_replicas == 1
+
+    def _backward_alone(self, blocks: Tree, sums: Tree, forward: Forward, dx_BTD: jax.Array) -> tuple[jax.Array, Tree]:
+        specs = decoder.block_specs(self.model)
+
+        def body(carry: tuple[jax.Array, Tree], layer: jax.Array) -> tuple[tuple[jax.Array, Tree], None]:
+            dx_BTD, sums = carry
+            gradients, dx_BTD = forward.pull(layer, self._gather(blocks, layer), dx_BTD)
+            return (
+                dx_BTD,
+                _update(sums, layer, self.collectives.accumulate(_index(sums, layer), gradients, specs)),
+            ), None
+
+        carry, _ = jax.lax.scan(body, (dx_BTD, sums), jnp.arange(self.model.num_hidden_layers - 1, -1, -1))
+        return carry
 
     def _apply(self) -> Callable[..., jax.Array]:
         """(weights, x, rope, segment ids) -> x of one layer."""
