@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from pydantic import Field
 
-from tlite_jax.config import CheckpointConfig, ModelConfig, NonNegative, Section
+from tlite_jax.config import CheckpointConfig, ModelConfig, Section
+from tlite_jax.config.base import NonNegative
 from tlite_jax.config_files import parse
 from tlite_jax.data.order import Segment
 from tlite_jax.errors import UserError

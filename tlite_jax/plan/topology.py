@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tlite_jax.config import NonNegativeFloat, Positive, PositiveFloat, Section
+from tlite_jax.config import Section
+from tlite_jax.config.base import NonNegativeFloat, Positive, PositiveFloat
 from tlite_jax.config_files import parse, read_yaml
 from tlite_jax.errors import UserError
 

@@ -5,25 +5,24 @@ the *semantic* one (what is learned: model, data, optimizer) guards resume; the 
 computed: mesh, precision, kernels) may change when a run resumes.
 """
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from tlite_jax.config.base import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Rate,
+    Section,
+    digest,
+)
+from tlite_jax.config.evaluation import EvaluationConfig
+from tlite_jax.config.mixture import MixtureConfig
+from tlite_jax.config.prepare import PrepareConfig
 
 
 class Llama3RopeScaling(Section):
@@ -80,93 +79,6 @@ class InitConfig(Section):
     schedule: Literal["reset", "carry"] = Field(
         description="reset: this run's schedule starts at its first step; carry: it goes on from the source's step"
     )
-
-
-class SourceConfig(Section):
-    """One set of files of documents, with the labels its documents carry."""
-
-    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="files or glob patterns")
-    format: Literal["auto", "jsonl", "parquet", "text"] = Field(
-        default="auto",
-        description="auto: by suffix; jsonl may be compressed as .zst or .gz; text is one document a file",
-    )
-    text_field: str = "text"
-    labels: dict[str, str] = Field(default={}, description="labels of every document, e.g. language: ru")
-    label_fields: dict[str, str] = Field(default={}, description="label -> the document field that holds it")
-    training: bool = Field(default=True, description="false: all of it is held out, none is ever trained on")
-    parse_special_tokens: bool = Field(
-        default=False, description="true: special tokens written in the text become their ids (chat templates)"
-    )
-
-
-class HeldOutConfig(Section):
-    """Documents set aside for evaluation before anything is counted."""
-
-    fraction: Rate = Field(description="share of each bucket's documents")
-    max_documents: NonNegative | None = Field(default=None, description="per bucket that is trained on; null: no limit")
-    seed: NonNegative = Field(default=0, description="another seed sets other documents aside")
-
-
-class NearDuplicatesConfig(Section):
-    """MinHash near-duplicate removal; the first document of a group stays."""
-
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
-    num_permutations: Positive = 128
-    ngram_words: Positive = 5
-
-
-class PrepareConfig(Section):
-    """Documents -> buckets of token rows."""
-
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    bucket_labels: tuple[str, ...] = ("source", "language", "style", "topic", "domain")
-    held_out: HeldOutConfig
-    near_duplicates: NearDuplicatesConfig | None = None
-    max_document_characters: Positive = 10_000_000
-    max_quarantine_rate: Fraction = Field(default=0.01, description="above this share of bad documents it stops")
-    num_workers: Positive | None = Field(default=None, description="null: one per core")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [source.name for source in self.sources]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"source names must differ; repeated: {', '.join(repeated)}")
-        return self
-
-
-class MixtureGroup(Section):
-    """The buckets that carry all of `select`'s labels, and how much of them is used."""
-
-    select: dict[str, str] = Field(description="label -> value; {} selects every bucket not selected before")
-    share: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="of the budget's tokens")
-    epochs: NonNegativeFloat | None = Field(default=None, description="passes over each selected bucket")
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> Self:
-        if (self.share is None) == (self.epochs is None):
-            raise ValueError("give exactly one of share and epochs")
-        return self
-
-
-class MixtureConfig(Section):
-    """What a stage consumes. Shares need a budget; groups of epochs make one."""
-
-    tokens: Positive | None = Field(
-        default=None, description="budget; null: train.steps batches, or the groups' epochs"
-    )
-    groups: Annotated[tuple[MixtureGroup, ...], Field(min_length=1)] = (MixtureGroup(select={}, epochs=1.0),)
-
-    @model_validator(mode="after")
-    def _shares_or_epochs(self) -> Self:
-        shares = [group.share for group in self.groups if group.share is not None]
-        if shares and len(shares) != len(self.groups):
-            raise ValueError("give every group a share, or every group epochs")
-        if not shares and self.tokens is not None:
-            raise ValueError("groups of epochs make their own budget: leave tokens out, or give shares")
-        if shares and abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"the groups' shares add up to {sum(shares):g}; make them add up to 1")
-        return self
 
 
 class DataConfig(Section):
@@ -263,14 +175,6 @@ class CheckpointConfig(Section):
     keep_every: Positive | None = Field(default=None, description="steps; these are never deleted")
 
 
-class EvaluationConfig(Section):
-    """Bits per byte on held-out documents."""
-
-    every: Positive | None = Field(default=None, description="steps; null: never during training")
-    batch_size: Positive = 8
-    max_tokens: Positive | None = Field(default=None, description="per bucket; null: all held-out tokens")
-
-
 class TelemetryConfig(Section):
     """Where metrics go."""
 
@@ -340,9 +244,3 @@ class RunConfig(Section):
     def execution_hash(self) -> str:
         """Names where and how it is computed; may change on resume."""
         return digest(self.execution_values())
-
-
-def digest(value: Any) -> str:
-    """Returns 16 hexadecimal digits of the SHA-256 of a JSON-like value's canonical form."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

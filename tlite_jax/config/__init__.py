@@ -1,0 +1,57 @@
+"""The schema of a run: one frozen, strict value that describes it completely; one file per part."""
+
+from tlite_jax.config.base import (
+    Section,
+    digest,
+)
+from tlite_jax.config.evaluation import (
+    EvaluationConfig,
+)
+from tlite_jax.config.mixture import (
+    MixtureConfig,
+    MixtureGroup,
+)
+from tlite_jax.config.prepare import (
+    HeldOutConfig,
+    NearDuplicatesConfig,
+    PrepareConfig,
+    SourceConfig,
+)
+from tlite_jax.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    ExecutionConfig,
+    InitConfig,
+    Llama3RopeScaling,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "HeldOutConfig",
+    "InitConfig",
+    "Llama3RopeScaling",
+    "MeshConfig",
+    "MixtureConfig",
+    "MixtureGroup",
+    "ModelConfig",
+    "NearDuplicatesConfig",
+    "OptimizerConfig",
+    "PrepareConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Section",
+    "SourceConfig",
+    "TelemetryConfig",
+    "TrainConfig",
+    "digest",
+]

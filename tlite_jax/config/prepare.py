@@ -1,0 +1,60 @@
+"""The schema of documents -> buckets: sources, labels, what is set aside and what is removed."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tlite_jax.config.base import Fraction, NonNegative, Positive, Rate, Section
+
+
+class SourceConfig(Section):
+    """One set of files of documents, with the labels its documents carry."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    paths: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="files or glob patterns")
+    format: Literal["auto", "jsonl", "parquet", "text"] = Field(
+        default="auto",
+        description="auto: by suffix; jsonl may be compressed as .zst or .gz; text is one document a file",
+    )
+    text_field: str = "text"
+    labels: dict[str, str] = Field(default={}, description="labels of every document, e.g. language: ru")
+    label_fields: dict[str, str] = Field(default={}, description="label -> the document field that holds it")
+    training: bool = Field(default=True, description="false: all of it is held out, none is ever trained on")
+    parse_special_tokens: bool = Field(
+        default=False, description="true: special tokens written in the text become their ids (chat templates)"
+    )
+
+
+class HeldOutConfig(Section):
+    """Documents set aside for evaluation before anything is counted."""
+
+    fraction: Rate = Field(description="share of each bucket's documents")
+    max_documents: NonNegative | None = Field(default=None, description="per bucket that is trained on; null: no limit")
+    seed: NonNegative = Field(default=0, description="another seed sets other documents aside")
+
+
+class NearDuplicatesConfig(Section):
+    """MinHash near-duplicate removal; the first document of a group stays."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    num_permutations: Positive = 128
+    ngram_words: Positive = 5
+
+
+class PrepareConfig(Section):
+    """Documents -> buckets of token rows."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    bucket_labels: tuple[str, ...] = ("source", "language", "style", "topic", "domain")
+    held_out: HeldOutConfig
+    near_duplicates: NearDuplicatesConfig | None = None
+    max_document_characters: Positive = 10_000_000
+    max_quarantine_rate: Fraction = Field(default=0.01, description="above this share of bad documents it stops")
+    num_workers: Positive | None = Field(default=None, description="null: one per core")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"source names must differ; repeated: {', '.join(repeated)}")
+        return self
