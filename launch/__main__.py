@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "eval_",
     "generate": "generate",
     "export": "export",
+    "verify": "verify",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -17,8 +17,20 @@ ARROWS = {
     "tlite_jax.loss": ["tlite_jax.config", "tlite_jax.model"],
     "tlite_jax.optimizer": ["tlite_jax.config"],
     "tlite_jax.sharding": ["tlite_jax.config", "tlite_jax.errors"],
-    "tlite_jax.data": ["tlite_jax.config", "tlite_jax.config_files", "tlite_jax.errors"],
-    "tlite_jax.bridge": ["tlite_jax.config", "tlite_jax.config_files", "tlite_jax.errors", "tlite_jax.model"],
+    "tlite_jax.verification": [],
+    "tlite_jax.data": [
+        "tlite_jax.config",
+        "tlite_jax.config_files",
+        "tlite_jax.errors",
+        "tlite_jax.verification",
+    ],
+    "tlite_jax.bridge": [
+        "tlite_jax.config",
+        "tlite_jax.config_files",
+        "tlite_jax.errors",
+        "tlite_jax.model",
+        "tlite_jax.verification",
+    ],
     "tlite_jax.telemetry": ["tlite_jax.config", "tlite_jax.errors"],
     "tlite_jax.generate": ["tlite_jax.config", "tlite_jax.errors", "tlite_jax.model"],
     "tlite_jax.evaluate": [
