@@ -10,6 +10,7 @@ from test_buckets import write_store
 from typer.testing import CliRunner
 
 from launch import verify as command
+from tlite_jax.data.files import file_entry, read_json, write_json
 from tlite_jax.data.verify import verify_buckets
 from tlite_jax.errors import UserError
 
@@ -63,6 +64,30 @@ def test_a_truncated_longer_or_missing_file_is_found(store: Path) -> None:
         else:
             assert name in [damage.file for damage in verify_buckets(store).damages]
         path.write_bytes(intact)
+
+
+def test_damage_in_a_large_file_is_placed_to_its_block(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", {"ru": [1] * 40_000}, sequence_length=1024)
+    for name in ("documents.bin", "tokens.bin"):
+        path = store / "ru" / name
+        intact = bytearray(path.read_bytes())
+        intact[150_000] ^= 1
+        path.write_bytes(bytes(intact))
+    found = {damage.file: (damage.offset, damage.bytes) for damage in verify_buckets(store).damages}
+    assert found == {"ru/tokens.bin": (36 * 4096, 4096), "ru/documents.bin": (2 * 65536, 65536)}
+
+
+def test_lists_beside_the_buckets_are_checked(store: Path) -> None:
+    values = read_json(store / "manifest.json")
+    (store / "duplicates.jsonl").write_text("{}")
+    write_json(
+        store / "manifest.json", {**values, "lists": {"duplicates.jsonl": file_entry(store / "duplicates.jsonl")}}
+    )
+    assert not verify_buckets(store).damages
+    (store / "duplicates.jsonl").write_text("{")
+    assert [str(damage) for damage in verify_buckets(store).damages] == [
+        "duplicates.jsonl: bytes 1..2: 1 bytes instead of 2"
+    ]
 
 
 def test_one_damaged_row_is_placed_to_the_row(store: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tlite_jax.data.buckets import BucketWriter
+from tlite_jax.data.bucket_writer import BucketWriter
 from tlite_jax.data.corpus import Corpus
 
 Ints = npt.NDArray[np.int64]

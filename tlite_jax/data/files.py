@@ -50,9 +50,8 @@ def sync_directory(path: Path) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a small JSON file with its own digest: whole, durable, or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
-    text = json.dumps({**values, "digest": digest(values)}, ensure_ascii=False, indent=1)
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(_text(values))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
@@ -66,14 +65,25 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: unreadable, or not what was written.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        values = json.loads(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: not JSON; restore it or prepare again with --force") from error
-    if not isinstance(values, dict) or values.pop("digest", None) != digest(values):
+    # The text is compared too: some changed bytes (1e-05 to 1E-05) are no other values.
+    if not isinstance(values, dict) or values.pop("digest", None) != digest(values) or text != _text(values):
         raise UserError(f"{path} is damaged: it does not match its digest; restore it or prepare again with --force")
     return values
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps({**values, "digest": digest(values)}, ensure_ascii=False, indent=1)
+
+
+def file_entry(path: Path) -> dict[str, int]:
+    """Returns {bytes, crc32c} of a file for a manifest."""
+    return {"bytes": path.stat().st_size, "crc32c": file_crc32c(path)}
 
 
 def check_size(path: Path, expected: dict[str, int]) -> None:

@@ -4,27 +4,36 @@ B batch, T tokens of a row. The position is one integer, rows consumed; Grain re
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from tlite_jax.data.buckets import BucketStore
+from tlite_jax.data.buckets import Bucket, BucketStore
 from tlite_jax.data.mixture import Plan
+from tlite_jax.data.row_format import TOKEN, TOKEN_BITS
 from tlite_jax.errors import UserError
 
 # A batch is one element to Grain: two threads keep one ahead of the step without contending for the interpreter.
 _READ_THREADS, _BATCHES_AHEAD = 2, 4
 
 HostBatch = dict[str, npt.NDArray[np.int32]]
+DocumentMasking = bool | Literal["best_fit"]
 
 
 class RowSource:
-    """Global row number -> one row, ready to train on; a Grain `RandomAccessDataSource`."""
+    """Global row numbers -> rows ready to train on.
 
-    def __init__(self, plan: Plan, store: BucketStore, *, document_masking: bool) -> None:
+    Args:
+      plan: which row is where.
+      store: the buckets it was made for.
+      document_masking: whether rows come with segment_ids: no, those of documents, or "best_fit": those of documents
+        in rows of packed documents, and one segment for all of any other row.
+    """
+
+    def __init__(self, plan: Plan, store: BucketStore, *, document_masking: DocumentMasking) -> None:
         self._plan, self._document_masking = plan, document_masking
         unknown = [bucket.name for bucket in plan.buckets if bucket.name not in store.buckets]
         if unknown:
@@ -33,28 +42,37 @@ class RowSource:
         for planned, bucket in zip(plan.buckets, self._buckets, strict=True):
             if planned.rows != bucket.manifest["rows"]:
                 raise UserError(f"bucket {bucket.name} has changed since the mixture was planned; plan it again")
+            if bucket.packing == "best_fit" and not document_masking:
+                mend = "set data.document_masking to best_fit (for such buckets) or true (for all)"
+                raise UserError(f"bucket {bucket.name} was packed best_fit, whose documents must not mix: {mend}")
 
     def __len__(self) -> int:
         """Rows of the plan."""
         return self._plan.total_rows
 
-    def __getitem__(self, row: int) -> HostBatch:
-        """One row: tokens, targets and, with document masking, segment_ids, int32 [T]."""
-        return self.read(np.array([row]))[0]
-
-    def read(self, rows: npt.NDArray[np.int64]) -> list[HostBatch]:
-        """Several rows, located together."""
+    def read(self, rows: npt.NDArray[np.int64]) -> HostBatch:
+        """Returns int32 [rows, T]: tokens, targets (-1: not scored) and, with document masking, segment_ids."""
+        shape = len(rows), self._plan.sequence_length
+        tokens = np.empty(shape, TOKEN)
+        segments = np.empty(shape, np.int32) if self._document_masking else None
         buckets, _, places = self._plan.locate(rows)
-        return [self._row(int(bucket), int(place)) for bucket, place in zip(buckets, places, strict=True)]
+        for i, (number, place) in enumerate(zip(buckets.tolist(), places.tolist(), strict=True)):
+            bucket = self._buckets[number]
+            bucket.read_into(place, tokens[i])
+            if segments is not None:
+                segments[i] = self._segment_ids(bucket, place)
+        targets = np.empty(shape, np.int32)
+        # A token's highest bit, which says that it is no target, makes it negative as int32.
+        np.maximum(tokens.view(np.int32)[:, 1:], -1, out=targets[:, :-1])
+        targets[:, -1] = -1
+        tokens &= TOKEN_BITS
+        result = {"tokens": tokens.view(np.int32), "targets": targets}
+        return result if segments is None else {**result, "segment_ids": segments}
 
-    def _row(self, bucket_index: int, row: int) -> HostBatch:
-        bucket = self._buckets[bucket_index]
-        tokens = bucket.read_row(row).astype(np.int32)
-        targets = np.full_like(tokens, -1)
-        scored = bucket.num_tokens(row) - 1
-        targets[:scored] = tokens[1 : scored + 1]
-        result = {"tokens": tokens, "targets": targets}
-        return {**result, "segment_ids": bucket.segment_ids(row)} if self._document_masking else result
+    def _segment_ids(self, bucket: Bucket, row: int) -> npt.NDArray[np.int32]:
+        if self._document_masking != "best_fit" or bucket.packing == "best_fit":
+            return bucket.segment_ids(row)
+        return (np.arange(self._plan.sequence_length) < bucket.num_tokens(row)).astype(np.int32)
 
 
 class BatchSource:
@@ -69,8 +87,7 @@ class BatchSource:
 
     def __getitem__(self, number: int) -> HostBatch:
         """A dict of int32 [local rows, T]."""
-        rows = self._rows.read(self._start_row + number * self._batch_size + self._offsets)
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return self._rows.read(self._start_row + number * self._batch_size + self._offsets)
 
 
 def batches(
@@ -80,7 +97,7 @@ def batches(
     sharding: jax.sharding.NamedSharding,
     batch_size: int,
     start_row: int,
-    document_masking: bool,
+    document_masking: DocumentMasking,
 ) -> Iterator[dict[str, jax.Array]]:
     """Reads the plan's rows in order, from any position, on any number of hosts.
 
@@ -90,7 +107,7 @@ def batches(
       sharding: of a [B, T] array; the batch dim may be sharded, e.g. P(("replica", "fsdp")).
       batch_size: B, rows over all devices.
       start_row: rows consumed so far.
-      document_masking: also give segment_ids.
+      document_masking: also give segment_ids, see RowSource.
 
     Returns:
       An endless iterator of dicts of global int32 [B, T]: tokens, targets (-1: not scored), segment_ids.

@@ -23,11 +23,12 @@ import numpy.typing as npt
 from tlite_jax.config import DataConfig, PrepareConfig, RunConfig, digest
 from tlite_jax.config_files import differences
 from tlite_jax.data.assemble import Assembler
-from tlite_jax.data.buckets import FORMAT_VERSION, MANIFEST, BucketStore, is_bucket, read_store_manifest
+from tlite_jax.data.buckets import MANIFEST, BucketStore, is_bucket, read_store_manifest
 from tlite_jax.data.corpus import MAX_BUCKETS, Corpus, bucket_names, by_bucket, join, write_quarantine
 from tlite_jax.data.deduplicate import exact_duplicates, near_duplicates
 from tlite_jax.data.documents import InputFile, Shard, find_files, make_shards
-from tlite_jax.data.files import sync_directory, write_json
+from tlite_jax.data.files import file_entry, sync_directory, write_json
+from tlite_jax.data.row_format import FORMAT_VERSION
 from tlite_jax.data.shards import ShardSettings, encoder_for, open_shard, start_worker, tokenize_shard, work
 from tlite_jax.data.splits import held_out
 from tlite_jax.data.tokenize import Encoder, TokenizerFile, check_vocabulary, load_tokenizer
@@ -147,6 +148,7 @@ def _prepare(
         "documents_read": len(corpus.table),
         "duplicates": {name: counts for name, *counts in zip(names, *(c.tolist() for c in removed), strict=True)},
         "quarantined": corpus.quarantined,
+        "lists": {name: file_entry(data.buckets / name) for name in (QUARANTINE, DUPLICATES)},
         "buckets": digests,
     }
     write_json(data.buckets / MANIFEST, manifest)
