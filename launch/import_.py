@@ -1,12 +1,15 @@
 """`python -m launch import SRC DST`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launch.tensor_progress import tensor_progress
 from tlite_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlite_jax.bridge.assemble import Imported
 
 
 def main(
@@ -33,23 +36,10 @@ def import_model(src: str, dst: Path, revision: str | None = None) -> None:
       UserError: `src` is none of these or cannot be used (the line says why), or `dst` is occupied.
     """
     from tlite_jax.bridge.files import new_directory, refuse_occupied
-    from tlite_jax.bridge.gguf import import_gguf
-    from tlite_jax.bridge.hf import download, import_hf, is_hub_id
     from tlite_jax.checkpoint import save_model
 
     refuse_occupied(dst)
-    path = Path(src)
-    if not path.exists():
-        if not is_hub_id(src):
-            raise UserError(f"{src}: no such file or directory, and not a hub id (org/name)")
-        path = download(src, revision)
-    elif revision is not None:
-        raise UserError(f"--revision is for hub ids; {src} is on this machine")
-    if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
-        raise UserError(f"{src} holds GGUF files; give one of them: {', '.join(map(str, files))}")
-    import_ = import_gguf if path.is_file() and path.suffix not in (".safetensors", ".bin") else import_hf
-    with tensor_progress(f"reading {src}") as report:
-        imported = import_(path, report)
+    imported = read_model(src, revision)
     with new_directory(dst) as run:
         (run / "tokenizer").mkdir()
         for name, content in imported.tokenizer.items():
@@ -65,3 +55,22 @@ def import_model(src: str, dst: Path, revision: str | None = None) -> None:
     for note in imported.notes:
         print(f"note: {note}")
     print(f"{dst}: step 0, weights {imported.weights_dtype}")
+
+
+def read_model(src: str, revision: str | None = None) -> "Imported":
+    """Reads a model's weights and tokenizer files into memory; arguments and errors as for `import_model`."""
+    from tlite_jax.bridge.gguf import import_gguf
+    from tlite_jax.bridge.hf import download, import_hf, is_hub_id
+
+    path = Path(src)
+    if not path.exists():
+        if not is_hub_id(src):
+            raise UserError(f"{src}: no such file or directory, and not a hub id (org/name)")
+        path = download(src, revision)
+    elif revision is not None:
+        raise UserError(f"--revision is for hub ids; {src} is on this machine")
+    if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+        raise UserError(f"{src} holds GGUF files; give one of them: {', '.join(map(str, files))}")
+    import_ = import_gguf if path.is_file() and path.suffix not in (".safetensors", ".bin") else import_hf
+    with tensor_progress(f"reading {src}") as report:
+        return import_(path, report)

@@ -20,6 +20,7 @@ from tlite_jax.sharding import (
     pad_params,
     padded_shape,
     partition_spec,
+    place_params,
     unpad_params,
 )
 
@@ -50,6 +51,17 @@ def test_padding_is_the_least_that_divides(size, shards, stacked):
     assert stored % shards == 0
     assert size <= stored < size + shards
     assert padded_shape(spec, shards)[spec.sharded_dim + 1 :] == (7,)
+
+
+@pytest.mark.parametrize(("replica", "dtype"), [(1, "float32"), (2, "bfloat16")])
+def test_host_arrays_are_placed_in_their_shards(replica, dtype):
+    mesh = make_mesh(MeshConfig(replica=replica))
+    params = jax.tree.map(np.asarray, decoder.init_params(MODEL, 0))
+    placed = place_params(params, SPECS, mesh, dtype)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), placed)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract_params(SPECS, mesh, dtype))
+    expected = jax.tree.map(lambda x: x.astype(dtype), pad_params(params, SPECS, 8 // replica))
+    assert max_difference(placed, expected) == 0
 
 
 @pytest.mark.parametrize("shards", [1, 3, 8])

@@ -126,9 +126,11 @@ def load_params(checkpoint: Checkpoint) -> dict[str, Any]:
     return map_specs(lambda spec, array: np.asarray(array)[tuple(map(slice, spec.shape))], specs, stored)
 
 
-def restore_params(checkpoint: Checkpoint, mesh: Mesh) -> Any:
-    """Reads the parameters into their shards on a mesh, float32, padded for it whatever they were padded for."""
-    return _restore_sharded(checkpoint.path / "params", abstract_params(param_specs(checkpoint.meta.model), mesh))
+def restore_params(checkpoint: Checkpoint, mesh: Mesh, dtype: str = "float32") -> Any:
+    """Reads the parameters into their shards on a mesh, padded for it whatever they were padded for."""
+    return _restore_sharded(
+        checkpoint.path / "params", abstract_params(param_specs(checkpoint.meta.model), mesh, dtype)
+    )
 
 
 def restore_optimizer(checkpoint: Checkpoint, mesh: Mesh) -> AdamState:

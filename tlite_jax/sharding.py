@@ -88,12 +88,12 @@ def partition_specs(specs: Any) -> Any:
     return map_specs(partition_spec, specs)
 
 
-def abstract_params(specs: Any, mesh: Mesh) -> Any:
-    """The nested dict of stored, sharded, unallocated float32 parameters."""
+def abstract_params(specs: Any, mesh: Mesh, dtype: str = "float32") -> Any:
+    """The nested dict of stored, sharded, unallocated parameters."""
     return map_specs(
         lambda spec: jax.ShapeDtypeStruct(
             padded_shape(spec, num_shards(mesh)),
-            jnp.float32,
+            dtype,
             sharding=NamedSharding(mesh, partition_spec(spec)),
         ),
         specs,
@@ -108,6 +108,20 @@ def pad_params(params: Any, specs: Any, num_shards: int) -> Any:
         return jnp.pad(param, [(0, new - old) for old, new in zip(spec.shape, stored, strict=True)])
 
     return map_specs(pad, specs, params)
+
+
+def place_params(params: Any, specs: Any, mesh: Mesh, dtype: str = "float32") -> Any:
+    """Host arrays of logical shapes, any float dtype -> stored, sharded parameters; each device is sent its shard."""
+
+    def place(spec: Spec, array: np.ndarray, stored: jax.ShapeDtypeStruct) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:  # a tuple of slices
+            part = np.asarray(array[index]).astype(stored.dtype)
+            wanted = [len(range(*position.indices(size))) for position, size in zip(index, stored.shape, strict=True)]
+            return np.pad(part, [(0, want - have) for want, have in zip(wanted, part.shape, strict=True)])
+
+        return jax.make_array_from_callback(stored.shape, stored.sharding, shard)
+
+    return map_specs(place, specs, params, abstract_params(specs, mesh, dtype))
 
 
 def unpad_params(params: Any, specs: Any) -> Any:

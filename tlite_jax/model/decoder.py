@@ -132,6 +132,7 @@ class Decoder(nnx.Module):
         tokens_BT: jax.Array,
         segment_ids_BT: jax.Array | None = None,
         *,
+        positions_BT: jax.Array | None = None,
         gather: Gather = _identity,
         attend: Attend = attention.xla,
     ) -> tuple[jax.Array, jax.Array]:
@@ -140,6 +141,7 @@ class Decoder(nnx.Module):
         Args:
           tokens_BT: [B, T] int32.
           segment_ids_BT: [B, T] int32 or None; attention stays inside equal ids.
+          positions_BT: [B, T] int32, what RoPE rotates by; None: 0, 1, 2, ... in every row.
           gather: makes a Block or an nnx.Param ready to compute with.
           attend: the attention.
 
@@ -148,7 +150,7 @@ class Decoder(nnx.Module):
           logits are `linear(hidden, head)`.
         """
         embedding = gather(self.embedding)
-        rope = rope_at(self.config, jnp.arange(tokens_BT.shape[1])[None])
+        rope = rope_at(self.config, jnp.arange(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT)
 
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return gather(block)(x_BTD, rope, segment_ids_BT, attend=attend), None
