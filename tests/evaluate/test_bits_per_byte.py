@@ -47,9 +47,9 @@ def reference():
 
 
 def evaluate(reference, buckets, *, mesh_shape=(1, 1), start=START, end=END, max_tokens=None, **options):
-    replica, fsdp = mesh_shape
-    mesh = make_mesh(MeshConfig(replica=replica, fsdp=fsdp), jax.devices()[: replica * fsdp])
-    stored = pad_params(params_from_hf(reference, MODEL), decoder.param_specs(MODEL), fsdp)
+    replica, fsdp, context = (*mesh_shape, 1)[:3]
+    mesh = make_mesh(MeshConfig(replica=replica, fsdp=fsdp, context=context), jax.devices()[: math.prod(mesh_shape)])
+    stored = pad_params(params_from_hf(reference, MODEL), decoder.param_specs(MODEL), fsdp * context)
     params = jax.device_put(stored, shardings(abstract_state(MODEL, mesh).params))
     settings = {"sequence_length": LENGTH, "batch_size": 3, **options}
     evaluator = Evaluator(MODEL, EXECUTION, mesh, start=start, end=end, **settings)
@@ -90,9 +90,9 @@ def scores(reference):
     return evaluate(reference, make_buckets())
 
 
-@pytest.mark.parametrize("mesh_shape", [(2, 4), (1, 8)])
-def test_a_mesh_scores_as_one_device(reference, scores, mesh_shape):
-    sharded = evaluate(reference, make_buckets(), mesh_shape=mesh_shape)
+@pytest.mark.parametrize(("mesh_shape", "batch_size"), [((2, 4), 3), ((1, 4, 2), 9)])
+def test_a_mesh_scores_as_one_device(reference, scores, mesh_shape, batch_size):
+    sharded = evaluate(reference, make_buckets(), mesh_shape=mesh_shape, batch_size=batch_size)
     assert sharded.keys() == scores.keys()
     for name, score in sharded.items():
         assert score.nats == pytest.approx(scores[name].nats, rel=1e-6)

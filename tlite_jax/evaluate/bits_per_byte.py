@@ -1,10 +1,8 @@
 """Bits per byte of held-out text: comparable between tokenizers, exact over bytes.
 
 A document's tokens are scored left to right, each given all before it in its window; a token that marks a document's
-start or end is context, not text, and is not scored. Windows of several documents share a row behind a document mask,
-so short documents cost what they are long.
-
-Shapes: B rows, T tokens, R rows in all.
+start or end is context, not text, and is not scored. Nats are summed in float64 on the host, token by token, so that
+a score does not depend on the batch size, the mesh or the number of processes.
 """
 
 import math
@@ -12,19 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from tlite_jax.config import ExecutionConfig, ModelConfig
-from tlite_jax.data.buckets import HeldOutBucket, HeldOutDocument
-from tlite_jax.loss import IGNORED, token_losses
-from tlite_jax.model import attention, decoder
-from tlite_jax.sharding import ROWS_SPEC, Collectives, make_gather, partition_specs
+from tlite_jax.data.buckets import HeldOutBucket
+from tlite_jax.evaluate.forward import loss_pass, rows_at_a_time, run_pass
+from tlite_jax.evaluate.rows import Boundaries, Packing, choose
 
-Rows = dict[str, np.ndarray]  # tokens, targets, segment_ids: [R, T] int32
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,19 @@ class Score:
     def __add__(self, other: "Score") -> "Score":
         """Both groups together."""
         return Score(self.nats + other.nats, self.num_bytes + other.num_bytes, self.num_tokens + other.num_tokens)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The documents of each bucket that are scored, packed once and scored many times."""
+
+    names: tuple[str, ...]
+    num_bytes: tuple[int, ...]
+    packing: Packing
+
+
+class NotFiniteError(FloatingPointError):
+    """A score is not a number; says of which bucket."""
 
 
 class Evaluator:
@@ -71,84 +78,78 @@ class Evaluator:
     ):
         self._mesh = mesh
         self._length = sequence_length
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._start, self._end = start, end
-        self._row_losses = _row_losses_fn(model, execution, mesh)
+        self._batch_size = rows_at_a_time(batch_size, mesh)
+        self._boundaries = Boundaries(start, end)
+        self._losses = loss_pass(model, execution, mesh)
+
+    def sample(
+        self, buckets: Sequence[HeldOutBucket], max_tokens: int | None = None, max_bytes: int | None = None
+    ) -> Sample:
+        """Chooses and packs what is scored; `max_tokens` and `max_bytes` are of each bucket, as for `choose`."""
+        windows, num_bytes = [], []
+        for owner, bucket in enumerate(buckets):
+            documents = choose(bucket, max_tokens, max_bytes)
+            num_bytes.append(sum(document.num_bytes for document in documents))
+            for document in documents:
+                windows += self._boundaries.text_windows(owner, document, self._length)
+        return Sample(tuple(bucket.name for bucket in buckets), tuple(num_bytes), Packing(windows, self._length))
 
     def score(
         self,
         params: Any,
         buckets: Sequence[HeldOutBucket],
         max_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Score]:
-        """Scores every bucket.
+        """Scores every bucket: `score_sample` of its `sample`."""
+        return self.score_sample(params, self.sample(buckets, max_tokens), progress)
+
+    def score_sample(self, params: Any, sample: Sample, progress: Progress | None = None) -> dict[str, Score]:
+        """Scores a sample.
 
         Args:
           params: stored, sharded parameters.
-          buckets: held-out documents.
-          max_tokens: of each bucket, in whole documents (at least one, the shortest); None: all.
+          sample: from `sample`.
           progress: called with (rows done, rows in all).
 
         Returns:
           bucket name -> Score.
+
+        Raises:
+          NotFiniteError: names the first bucket whose score is not finite.
         """
-        if not buckets:
-            return {}
-        packed = {bucket.name: self._pack(bucket.documents, max_tokens) for bucket in buckets}
-        rows = {
-            key: np.concatenate([rows[key] for rows, _ in packed.values()])
-            for key in ("tokens", "targets", "segment_ids")
-        }
-        losses_R = self._losses(params, rows, progress)
-        scores, first = {}, 0
-        for name, (part, num_bytes) in packed.items():
-            last = first + len(part["tokens"])
-            nats = float(np.sum(losses_R[first:last], dtype=np.float64))
-            scores[name] = Score(nats, num_bytes, int(np.sum(part["targets"] != IGNORED)))
-            first = last
-        return scores
-
-    def _losses(self, params: Any, rows: Rows, progress: Callable[[int, int], None] | None) -> np.ndarray:
-        total = len(rows["tokens"])
-        padding = -total % self._batch_size
-        padded = {
-            key: np.pad(x, ((0, padding), (0, 0)), constant_values=IGNORED if key == "targets" else 0)
-            for key, x in rows.items()
-        }
-        sharding = NamedSharding(self._mesh, ROWS_SPEC)
-        losses = []
-        for first in range(0, total + padding, self._batch_size):
-            part = {key: x[first : first + self._batch_size] for key, x in padded.items()}
-            batch = {
-                key: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])  # type: ignore[misc]
-                for key, x in part.items()
-            }
-            losses.append(np.asarray(self._row_losses(params, batch)))
+        nats, tokens = np.zeros(len(sample.names)), np.zeros(len(sample.names), np.int64)
+        for first, batch, losses_BT in run_pass(self._losses, params, sample.packing, self._mesh, self._batch_size):
+            add_by_owner(nats, tokens, batch.owner, losses_BT)
             if progress is not None:
-                progress(min(first + self._batch_size, total), total)
-        return np.concatenate(losses)[:total]
+                progress(min(first + self._batch_size, len(sample.packing)), len(sample.packing))
+        require_finite(nats, sample.names, "the loss")
+        return {
+            name: Score(float(nats[number]), sample.num_bytes[number], int(tokens[number]))
+            for number, name in enumerate(sample.names)
+        }
 
-    def _pack(self, documents: Sequence[HeldOutDocument], max_tokens: int | None) -> tuple[Rows, int]:
-        """Windows of documents, dealt into rows first-fit in falling length; and the bytes of their text."""
-        windows: list[tuple[np.ndarray, np.ndarray]] = []
-        chosen = documents if max_tokens is None else _within(documents, max_tokens)
-        for document in chosen:
-            windows += self._windows(document.tokens.astype(np.int32))
-        return _first_fit(windows, self._length), sum(document.num_bytes for document in chosen)
+    def padding_share(self, sample: Sample) -> float:
+        """The share of the computed positions that score nothing."""
+        return 1 - sample.packing.num_scored / max(1, self.num_positions(sample))
 
-    def _windows(self, tokens: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(inputs, targets) pairs that score each text token of a document once."""
-        if self._end is not None and len(tokens) and tokens[-1] == self._end:
-            tokens = tokens[:-1]
-        if self._start is None:
-            # Without any boundary token the first token has no context and cannot be scored: it stands for itself.
-            tokens = np.concatenate([[tokens[0] if self._end is None else self._end], tokens]).astype(np.int32)
-        inputs, targets = tokens[:-1], tokens[1:]
-        return [
-            (inputs[first : first + self._length], targets[first : first + self._length])
-            for first in range(0, len(inputs), self._length)
-        ]
+    def num_positions(self, sample: Sample) -> int:
+        """Positions that are computed, padding included."""
+        return -(-len(sample.packing) // self._batch_size) * self._batch_size * self._length
+
+
+def add_by_owner(sums: np.ndarray, counts: np.ndarray, owner_BT: np.ndarray, values_BT: np.ndarray) -> None:
+    """Adds each position's value, and 1, to its owner's sum and count, in float64."""
+    scored = owner_BT >= 0
+    sums += np.bincount(owner_BT[scored], weights=values_BT[scored].astype(np.float64), minlength=len(sums))
+    counts += np.bincount(owner_BT[scored], minlength=len(counts))
+
+
+def require_finite(sums: np.ndarray, names: Sequence[str], what: str) -> None:
+    """Raises NotFiniteError for the first sum that is not finite."""
+    for value, name in zip(sums, names, strict=True):
+        if not math.isfinite(value):
+            raise NotFiniteError(f"{what} on held-out bucket {name} is {value}")
 
 
 def combine(scores: Mapping[str, Score], buckets: Sequence[HeldOutBucket], label: str) -> dict[str, Score]:
@@ -166,67 +167,3 @@ def by_name(scores: Mapping[str, Score], buckets: Sequence[HeldOutBucket]) -> di
     """Every bucket's score, and every language's under "language=VALUE"."""
     languages = combine(scores, buckets, "language")
     return {**scores, **{f"language={value}": score for value, score in sorted(languages.items())}}
-
-
-def _within(documents: Sequence[HeldOutDocument], max_tokens: int) -> list[HeldOutDocument]:
-    """The documents that fit into a budget, in order, those too long for what is left passed over."""
-    chosen: list[HeldOutDocument] = []
-    left = max_tokens
-    for document in documents:
-        if len(document.tokens) <= left:
-            chosen.append(document)
-            left -= len(document.tokens)
-    return chosen or sorted(documents, key=lambda document: len(document.tokens))[:1]
-
-
-def _first_fit(windows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Rows:
-    windows = sorted(windows, key=lambda window: -len(window[0]))
-    rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    room: list[int] = []
-    for window in windows:
-        size = len(window[0])
-        place = next((i for i, free in enumerate(room) if free >= size), None)
-        if place is None:
-            rows.append([window])
-            room.append(length - size)
-        else:
-            rows[place].append(window)
-            room[place] -= size
-    result = {
-        "tokens": np.zeros((len(rows), length), np.int32),
-        "targets": np.full((len(rows), length), IGNORED, np.int32),
-        "segment_ids": np.zeros((len(rows), length), np.int32),
-    }
-    for row, members in enumerate(rows):
-        first = 0
-        for segment, (inputs, targets) in enumerate(members, start=1):
-            span = slice(first, first + len(inputs))
-            result["tokens"][row, span], result["targets"][row, span] = inputs, targets
-            result["segment_ids"][row, span] = segment
-            first += len(inputs)
-    return result
-
-
-def _row_losses_fn(model: ModelConfig, execution: ExecutionConfig, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
-    """(params, batch) -> summed nats of each row, float32 [B], on every device."""
-    graphdef = decoder.graphdef(model)
-    gather = make_gather(decoder.logical_axes(model), Collectives.of(mesh, execution))
-
-    def local(params: Any, batch: Any) -> jax.Array:
-        attend = attention.select_for(
-            mesh.devices.flat[0],
-            "auto",
-            dtype=execution.compute_dtype,
-            document_masking=True,  # rows hold several documents
-            sequence_length=batch["tokens"].shape[1],
-            head_dim=model.head_dim,
-        )
-        hidden_BTD, head_VD = nnx.merge(graphdef, params)(
-            batch["tokens"], batch["segment_ids"], gather=gather, attend=attend
-        )
-        losses_BT = token_losses(hidden_BTD, head_VD, batch["targets"], chunk_tokens=execution.loss_chunk_tokens)
-        return jnp.sum(losses_BT, axis=1)
-
-    specs = partition_specs(decoder.param_specs(model))
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(specs, ROWS_SPEC), out_specs=ROWS_SPEC, check_vma=False)
-    return jax.jit(sharded, out_shardings=NamedSharding(mesh, PartitionSpec()))
