@@ -1,5 +1,6 @@
 """From files to buckets: the same bytes whatever the workers, nothing lost unsaid, nothing half-written."""
 
+import gzip
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ import tokenizers
 from written_texts import ENGLISH, RUSSIAN, make_texts, write_jsonl
 
 from tlite_jax.config import RunConfig
+from tlite_jax.data import join, write_buckets
 from tlite_jax.data import prepare as prepare_module
+from tlite_jax.data.assemble import Assembler
 from tlite_jax.data.buckets import BucketStore, read_held_out
 from tlite_jax.data.documents import Shard
 from tlite_jax.data.prepare import prepare
@@ -90,6 +93,7 @@ def test_workers_and_shards_that_were_done_change_no_byte(
     sources: list[dict], run_config: Build, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(write_buckets, "SMALL_TOKENS", 0)
     near = {"near_duplicates": {"threshold": 0.8}}
     results = []
     for workers in (1, 3):
@@ -121,7 +125,7 @@ def test_an_interrupted_one_goes_on(
         BucketStore.open(config.data.buckets)
     monkeypatch.setattr(prepare_module, "tokenize_shard", original)
     # Interrupted again while buckets are written.
-    monkeypatch.setattr(prepare_module.Assembler, "write", _second_fails(prepare_module.Assembler.write))
+    monkeypatch.setattr(Assembler, "write", _second_fails(Assembler.write))
     # The shards of before are there: their files are not read again.
     reads: list[str] = []
     monkeypatch.setattr("tlite_jax.data.shards.read_piece", _noting(reads))
@@ -206,10 +210,31 @@ def test_bad_documents_are_listed_and_too_many_stop_it(
     report = prepare(config, tokenizer_dir)
     assert report.quarantined == {"a": {"malformed JSON": 1, "invalid UTF-8": 1}}
     listed = [json.loads(line) for line in (config.data.buckets / "quarantine.jsonl").read_text().splitlines()]
+    starts = [path.read_bytes().index(line) for line in (b"{oops", b'{"text": "\xff')]
     assert listed == [
-        {"source": "a", "file": str(path), "line": 11, "reason": "malformed JSON"},
-        {"source": "a", "file": str(path), "line": 91, "reason": "invalid UTF-8"},
+        {"source": "a", "file": str(path), "reason": "malformed JSON", "line": 11, "offset": starts[0]},
+        {"source": "a", "file": str(path), "reason": "invalid UTF-8", "line": 91, "offset": starts[1]},
     ]
+
+
+def test_a_damaged_file_is_set_aside_up_to_the_rate(run_config: Build, tokenizer_dir: Path, tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": text} for text in RU])
+    damaged = tmp_path / "damaged.jsonl.gz"
+    # Two members, the second broken at its beginning: all of it is lost.
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in EN]
+    whole = [gzip.compress(lines[0]), gzip.compress(b"".join(lines[1:]))]
+    damaged.write_bytes(whole[0] + b"\x1f\x8b\xff" + whole[1][3:])
+    lost = len(whole[1])
+    total = good.stat().st_size + damaged.stat().st_size
+    source = {"name": "a", "paths": [str(good), str(damaged)]}
+    with pytest.raises(UserError, match=rf"{lost:,} of {total:,} bytes of input cannot be read: damaged files; mend"):
+        prepare(run_config([source], prepare={"max_quarantine_rate": 0.01}), tokenizer_dir)
+    assert lost / total > 0.01 > 1 / 122
+    report = prepare(run_config([source], prepare={"max_quarantine_rate": 0.1}), tokenizer_dir)
+    assert report.quarantined == {"a": {"damaged gzip file": 1}}
+    (line,) = [json.loads(line) for line in (tmp_path / "buckets" / "quarantine.jsonl").read_text().splitlines()]
+    assert (line["file"], line["line"], line["lost_bytes"]) == (str(damaged), 2, lost)
+    assert report.documents_read == 121
 
 
 def test_near_duplicates_go_and_are_listed(run_config: Build, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -275,7 +300,7 @@ def test_what_cannot_be_prepared_is_refused(
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     refused(run_config(sources, buckets=str(tmp_path / "mine")), r"holds thesis\.tex, which prepare did not write")
     assert (tmp_path / "mine" / "thesis.tex").exists()
-    monkeypatch.setattr(prepare_module, "MAX_BUCKETS", 3)
+    monkeypatch.setattr(join, "MAX_BUCKETS", 3)
     refused(run_config(sources), "5 buckets: label .* has 3 values; leave it out of data.prepare.bucket_labels")
 
 

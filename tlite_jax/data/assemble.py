@@ -4,11 +4,13 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from tlite_jax.data.bucket_writer import BucketWriter
 from tlite_jax.data.corpus import Corpus
+from tlite_jax.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.uint32]
@@ -18,13 +20,12 @@ _BATCH_TOKENS, _OPEN_SHARDS = 1 << 21, 256
 
 
 class Assembler:
-    """Writes buckets from a corpus; each shard's tokens are verified when they are first read."""
+    """Writes buckets from a corpus; the tokens of each document are verified when they are read."""
 
     def __init__(self, corpus: Corpus, directory: Path, *, sequence_length: int, pad_id: int) -> None:
         self._corpus, self._directory = corpus, directory
         self._sequence_length, self._pad_id = sequence_length, pad_id
         self._open: OrderedDict[int, Tokens] = OrderedDict()
-        self._verified: set[int] = set()
 
     def write(self, number: int, name: str, training: Ints, held_out: Ints) -> str:
         """Writes bucket `number` of the corpus from document numbers; returns its manifest's digest."""
@@ -48,14 +49,18 @@ class Assembler:
 
     def _tokens(self, document: int) -> Tokens:
         shard, start = int(self._corpus.shard[document]), int(self._corpus.start[document])
-        return self._shard(shard)[start : start + int(self._corpus.table["tokens"][document])]
+        record = self._corpus.table[document]
+        tokens = self._shard(shard)[start : start + int(record["tokens"])]
+        if google_crc32c.value(tokens.tobytes()) != record["crc32c"]:
+            damaged = self._corpus.shards[shard].directory
+            raise UserError(f"{damaged}/tokens.bin is damaged; remove {damaged} and start again")
+        return tokens
 
     def _shard(self, number: int) -> Tokens:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        tokens = self._corpus.shards[number].tokens(verify=number not in self._verified)
-        self._verified.add(number)
+        tokens = self._corpus.shards[number].tokens()
         self._open[number] = tokens
         if len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)

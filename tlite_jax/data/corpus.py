@@ -1,11 +1,13 @@
-"""All tokenised shards seen as one table of documents: about 100 bytes of memory a document, whatever its length."""
+"""All tokenised shards seen as one table of documents: 64 bytes of disk a document, whatever its length."""
 
-import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import numpy.typing as npt
 
 from tlite_jax.config import digest
 from tlite_jax.data.documents import Shard
-from tlite_jax.data.shards import TokenizedShard
+from tlite_jax.data.shards import TABLE, TokenizedShard
 
 Ints = npt.NDArray[np.int64]
 
 # No user means to have more; each is a directory and a leaf of the mixture.
 MAX_BUCKETS = 20_000
+# Shards whose signatures are mapped at once.
+_OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -30,30 +34,59 @@ class BucketKey:
     never_trained: bool
 
 
-@dataclass
+_FILES = {"table.bin": TABLE, "shard.bin": np.dtype("<u4"), "start.bin": np.dtype("<i8"), "bucket.bin": np.dtype("<u4")}
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Documents by number, in the order of sources, files and lines.
 
+    The columns are mapped from files beside the shards, so that a copy of this travels to other processes cheaply and
+    memory holds only what is looked at.
+
     Attributes:
-      shards: where their tokens lie.
-      shard: int64 [documents], index into `shards`.
-      start: int64 [documents], first token in the shard.
-      table: the shards' records, joined.
-      bucket: int64 [documents], index into `keys`.
+      directory: where the columns lie.
+      shards: where the documents' tokens lie.
+      first: int64 [shards + 1], the number of each shard's first document; the last is the number of documents.
       keys: the buckets, in order of appearance.
-      quarantined: by source name, how often each reason occurred.
       locations: of each shard's pieces, path and the lines before the piece.
+      quarantined: by source name, how often each reason occurred.
+      lost_bytes: of the input, those that could not be read.
     """
 
+    directory: Path
     shards: list[TokenizedShard]
-    shard: Ints
-    start: Ints
-    table: npt.NDArray[Any]
-    bucket: Ints
+    first: Ints
     keys: list[BucketKey]
-    quarantined: dict[str, dict[str, int]]
     locations: list[list[tuple[str, int]]]
-    _signatures: dict[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
+    quarantined: dict[str, dict[str, int]]
+    lost_bytes: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    @cached_property
+    def table(self) -> npt.NDArray[Any]:
+        """The shards' records, joined."""
+        return self._map("table.bin")
+
+    @cached_property
+    def shard(self) -> npt.NDArray[np.uint32]:
+        """uint32 [documents], index into `shards`."""
+        return self._map("shard.bin")
+
+    @cached_property
+    def start(self) -> Ints:
+        """int64 [documents], first token in the shard."""
+        return self._map("start.bin")
+
+    @cached_property
+    def bucket(self) -> npt.NDArray[np.uint32]:
+        """uint32 [documents], index into `keys`."""
+        return self._map("bucket.bin")
 
     def place(self, document: int) -> str:
         """A document's file and line, as `path:line`."""
@@ -64,52 +97,78 @@ class Corpus:
         """Whether each document's source is wholly held out, bool [documents]."""
         return np.array([key.never_trained for key in self.keys], bool)[self.bucket]
 
-    def signature(self, document: int, num_permutations: int) -> npt.NDArray[np.uint32]:
-        """A document's MinHash signature."""
-        number = int(self.shard[document])
-        if number not in self._signatures:
-            self._signatures[number] = self.shards[number].signatures(num_permutations)
-        return self._signatures[number][document - np.searchsorted(self.shard, number)]
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        return np.memmap(self.directory / name, _FILES[name], mode="r") if len(self) else np.empty(0, _FILES[name])
 
 
-def join(shards: Sequence[Shard], done: Sequence[TokenizedShard]) -> Corpus:
-    """Joins the tables of tokenised shards, given in the order of the input."""
+def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Path) -> Corpus:
+    """Joins the tables of tokenised shards, given in the order of the input; the columns go into a new directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     keys: dict[BucketKey, int] = {}
-    quarantined: dict[str, dict[str, int]] = {}
-    tables, buckets, numbers, starts = [], [], [], []
-    for number, (shard, tokenized) in enumerate(zip(shards, done, strict=True)):
-        table = tokenized.table()
-        found = [
-            keys.setdefault(BucketKey(tuple(labels.items()), not shard.source.training), len(keys))
-            for labels in tokenized.labels
-        ]
-        tables.append(table)
-        buckets.append(np.array(found, np.int64)[table["labels"]] if len(table) else np.empty(0, np.int64))
-        numbers.append(np.full(len(table), number))
-        starts.append(np.cumsum(table["tokens"]) - table["tokens"])
-        reasons = quarantined.setdefault(shard.source.name, {})
-        for record in tokenized.quarantined():
-            reasons[record["reason"]] = reasons.get(record["reason"], 0) + 1
+    quarantined: dict[str, Counter[str]] = {}
+    counts = [0]
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((directory / name).open("wb")) for name in _FILES}
+        for number, (shard, tokenized) in enumerate(zip(shards, done, strict=True)):
+            table = tokenized.table()
+            found = [
+                keys.setdefault(BucketKey(tuple(labels.items()), not shard.source.training), len(keys))
+                for labels in tokenized.labels
+            ]
+            columns = {
+                "table.bin": table,
+                "shard.bin": np.full(len(table), number),
+                "start.bin": np.cumsum(table["tokens"]) - table["tokens"],
+                "bucket.bin": np.array(found or [0])[table["labels"]],
+            }
+            for name, column in columns.items():
+                files[name].write(column.astype(_FILES[name], copy=False).tobytes())
+            quarantined.setdefault(shard.source.name, Counter()).update(tokenized.reasons)
+            counts.append(len(table))
     return Corpus(
+        directory=directory,
         shards=list(done),
-        shard=np.concatenate(numbers),
-        start=np.concatenate(starts),
-        table=np.concatenate(tables),
-        bucket=np.concatenate(buckets),
+        first=np.cumsum(counts),
         keys=list(keys),
-        quarantined=quarantined,
         locations=_locations(shards, done),
+        quarantined={source: dict(sorted(reasons.items())) for source, reasons in quarantined.items()},
+        lost_bytes=sum(tokenized.manifest["lost_bytes"] for tokenized in done),
     )
 
 
+class Signatures:
+    """The MinHash signatures and their bands of all documents, mapped."""
+
+    def __init__(self, corpus: Corpus, num_permutations: int, num_bands: int) -> None:
+        self._corpus, self._num_permutations, self._num_bands = corpus, num_permutations, num_bands
+        self._open: OrderedDict[int, npt.NDArray[np.uint32]] = OrderedDict()
+
+    def signature(self, document: int) -> npt.NDArray[np.uint32]:
+        """A document's signature, uint32 [num_permutations]."""
+        number = int(self._corpus.shard[document])
+        if number not in self._open:
+            self._open[number] = self._corpus.shards[number].signatures(self._num_permutations)
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return self._open[number][document - self._corpus.first[number]]
+
+    def band(self, number: int) -> npt.NDArray[np.uint64]:
+        """One band of all documents, uint64 [documents]."""
+        values = np.empty(len(self._corpus), np.uint64)
+        for shard, start, end in zip(self._corpus.shards, self._corpus.first, self._corpus.first[1:], strict=False):
+            values[start:end] = shard.bands(self._num_bands, verify=number == 0)[:, number]
+        return values
+
+
 def write_quarantine(path: Path, shards: Sequence[Shard], corpus: Corpus) -> None:
-    """Lists every bad document: source, file, line, reason; one JSON object a line."""
+    """Lists every bad document: source, file, line, byte offset where known, reason; one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
         for shard, tokenized, locations in zip(shards, corpus.shards, corpus.locations, strict=True):
             for record in tokenized.quarantined():
-                name, before = locations[record["piece"]]
-                line = {"source": shard.source.name, "file": name, "line": before + record["line"]}
-                file.write(json.dumps({**line, "reason": record["reason"]}, ensure_ascii=False) + "\n")
+                name, lines = locations[record.pop("piece")]
+                line = {"source": shard.source.name, "file": name, "line": lines + record.pop("line")}
+                file.write(json.dumps({**line, **record}, ensure_ascii=False) + "\n")
 
 
 def bucket_names(keys: Sequence[BucketKey]) -> list[str]:
@@ -137,11 +196,3 @@ def _locations(shards: Sequence[Shard], done: Sequence[TokenizedShard]) -> list[
             lines[file] = lines.get(file, 0) + count
         result.append(here)
     return result
-
-
-def by_bucket(bucket: Ints, count: int) -> Iterator[Ints]:
-    """Yields the documents of each bucket 0..count-1 in ascending order."""
-    order = np.argsort(bucket, kind="stable")
-    edges = np.searchsorted(bucket[order], np.arange(count + 1))
-    for first, last in itertools.pairwise(edges):
-        yield order[first:last]

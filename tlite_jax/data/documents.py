@@ -4,20 +4,20 @@ Input is cut into shards that do not depend on the number of workers: byte range
 everything else, small ones together.
 """
 
-import glob
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from tlite_jax.config import SourceConfig
+from tlite_jax.data.compressed import DamagedError, decompressed
+from tlite_jax.data.inputs import InputFile, open_input
 from tlite_jax.errors import UserError
 
 SHARD_BYTES = 32 << 20
@@ -25,8 +25,6 @@ SHARD_BYTES = 32 << 20
 _BYTES_PER_CHARACTER, _OTHER_FIELDS_BYTES = 12, 1 << 20
 _READ_BYTES = 1 << 20
 _PARQUET_BATCH = 64
-_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
-_COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
 
 
 @dataclass(frozen=True)
@@ -40,25 +38,23 @@ class Document:
 
 @dataclass(frozen=True)
 class BadDocument:
-    """One that cannot, and why."""
+    """One that cannot, and why.
+
+    Attributes:
+      reason: one of few, to be counted.
+      line: counts from 1 in what was read.
+      offset: where it begins in what was read, in bytes, after decompression; None for parquet.
+      detail: what a library said.
+      lost_bytes: of a damaged file, the bytes of it that could not be read.
+      documents: how many are lost; for a damaged file as many as are known of, and at least 1.
+    """
 
     reason: str
     line: int
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file as it was found: whatever of this changes makes it another input."""
-
-    path: str
-    format: Literal["jsonl", "parquet", "text"]
-    compression: str | None
-    bytes: int
-    modified_ns: int
-
-    def identity(self) -> dict[str, Any]:
-        """What the prepare hash knows of the file; its directory may change."""
-        return {"name": os.path.basename(self.path), "bytes": self.bytes, "modified_ns": self.modified_ns}
+    offset: int | None = field(default=None, compare=False)
+    detail: str | None = field(default=None, compare=False)
+    lost_bytes: int = field(default=0, compare=False)
+    documents: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,25 +79,6 @@ class Shard:
     pieces: tuple[Piece, ...]
 
 
-def find_files(source: SourceConfig) -> list[InputFile]:
-    """Resolves a source's paths and glob patterns, each file once, patterns sorted.
-
-    Raises:
-      UserError: nothing matches, a directory, an unreadable file, a format that cannot be told.
-    """
-    found: dict[str, InputFile] = {}
-    for pattern in source.paths:
-        expanded = os.path.expanduser(pattern)
-        is_pattern = glob.has_magic(expanded) and not os.path.exists(expanded)
-        paths = sorted(glob.glob(expanded, recursive=True)) if is_pattern else [expanded]
-        files = [path for path in paths if not os.path.isdir(path)] if is_pattern else paths
-        if not files:
-            raise UserError(f"source {source.name}: no file matches {pattern}")
-        for path in files:
-            found.setdefault(path, _input_file(source, path))
-    return list(found.values())
-
-
 def make_shards(source: SourceConfig, files: Sequence[InputFile]) -> list[Shard]:
     """Cuts and groups files into shards of about SHARD_BYTES."""
     pieces: list[Piece] = []
@@ -124,14 +101,15 @@ def make_shards(source: SourceConfig, files: Sequence[InputFile]) -> list[Shard]
 def read_piece(source: SourceConfig, piece: Piece, max_characters: int) -> Iterator[Document | BadDocument]:
     """Reads the documents of a piece in order; `line` counts from the piece's first line.
 
+    What is damaged (compression, parquet) comes out as a BadDocument after all that lies before the damage.
+
     Raises:
-      UserError: the file cannot be read at all, or its compression is damaged or ends early.
+      UserError: the file cannot be read at all, has changed since it was found, or lacks a column.
     """
-    path = piece.file.path
     line = 0
     try:
         if piece.file.format == "parquet":
-            found = _read_parquet(source, path, max_characters)
+            found = _read_parquet(source, piece.file, max_characters)
         elif piece.file.format == "text":
             found = _read_text(source, piece.file, max_characters)
         else:
@@ -139,54 +117,42 @@ def read_piece(source: SourceConfig, piece: Piece, max_characters: int) -> Itera
         for document in found:
             line = document.line
             yield document
-    except (OSError, EOFError, pa.ArrowException) as error:
-        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        raise UserError(f"cannot read {path} after line {line}: {reason}; mend or remove the file") from error
-
-
-def _input_file(source: SourceConfig, path: str) -> InputFile:
-    if os.path.isdir(path):
-        raise UserError(
-            f"source {source.name}: {path} is a directory; give a pattern such as {path.rstrip('/')}/*.jsonl"
-        )
-    try:
-        status = os.stat(path)
-        with open(path, "rb"):
-            pass
+    except DamagedError as error:
+        yield _damage(error, line + 1)
     except OSError as error:
-        raise UserError(f"source {source.name}: cannot read {path}: {error.strerror}") from error
-    name = Path(path)
-    compression = _COMPRESSIONS.get(name.suffix)
-    suffix = Path(name.stem).suffix if compression else name.suffix
-    form = _FORMATS.get(suffix) if source.format == "auto" else source.format
-    if form is None:
-        raise UserError(f"source {source.name}: cannot tell the format of {path} by its suffix; set its format")
-    if form == "parquet" and compression:
-        raise UserError(f"source {source.name}: {path}: a compressed parquet file; decompress it")
-    known = cast(Literal["jsonl", "parquet", "text"], form)
-    return InputFile(path, known, compression, status.st_size, status.st_mtime_ns)
+        reason = str(error.strerror or error).splitlines()[0]
+        raise UserError(f"cannot read {piece.file.path} after line {line}: {reason}; start again") from error
+
+
+def _damage(error: DamagedError, line: int) -> BadDocument:
+    return BadDocument(
+        error.reason, line, detail=error.detail, lost_bytes=max(error.lost_bytes, 0), documents=error.documents
+    )
 
 
 def _open(file: InputFile) -> BinaryIO:
+    stream = open_input(file)
     if file.compression is None:
-        return open(file.path, "rb")
-    # Unlike the gzip and zstandard modules' readers, Arrow's refuses a stream that ends early, in either format.
-    stream = pa.CompressedInputStream(pa.OSFile(file.path), file.compression)
-    return cast(BinaryIO, io.BufferedReader(cast(Any, stream), _READ_BYTES))
+        # Remote files have a readline without a limit.
+        return stream if file.version == "" else cast(BinaryIO, io.BufferedReader(cast(Any, stream), _READ_BYTES))
+    return cast(BinaryIO, decompressed(stream, file.compression, file.bytes))
 
 
 def _read_jsonl(source: SourceConfig, piece: Piece, max_characters: int) -> Iterator[Document | BadDocument]:
     limit = max_characters * _BYTES_PER_CHARACTER + _OTHER_FIELDS_BYTES
     with _open(piece.file) as stream:
-        for line, data in enumerate(_lines(stream, piece.start, piece.stop, limit), 1):
-            if line == 1 and piece.start == 0:
+        for line, (offset, data) in enumerate(_lines(stream, piece.start, piece.stop, limit), 1):
+            if offset == 0:
                 data = data and data.removeprefix(b"\xef\xbb\xbf")
             result = _too_long(max_characters) if data is None else _parse(data)
-            yield _accept(source, result, line, max_characters)
+            yield _accept(source, result, line, offset, max_characters)
 
 
-def _lines(stream: BinaryIO, start: int, stop: int | None, limit: int) -> Iterator[bytes | None]:
-    """Yields the lines that begin in start..stop-1, None for one longer than `limit` bytes, which is never held."""
+def _lines(stream: BinaryIO, start: int, stop: int | None, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yields offset and bytes of the lines that begin in start..stop-1.
+
+    None stands for a line longer than `limit` bytes, which is never held.
+    """
     position = start
     if start:
         stream.seek(start - 1)
@@ -195,12 +161,13 @@ def _lines(stream: BinaryIO, start: int, stop: int | None, limit: int) -> Iterat
         data = stream.readline(limit)
         if not data:
             return
+        offset = position
         position += len(data)
         if len(data) == limit and not data.endswith(b"\n"):
             position += _skip_line(stream)
-            yield None
+            yield offset, None
         else:
-            yield data
+            yield offset, data
 
 
 def _skip_line(stream: BinaryIO) -> int:
@@ -236,42 +203,73 @@ def _read_text(source: SourceConfig, file: InputFile, max_characters: int) -> It
         result = _too_long(max_characters) if text is None else {source.text_field: text}
     except UnicodeDecodeError:
         result = "invalid UTF-8"
-    yield _accept(source, result, 1, max_characters)
+    yield _accept(source, result, 1, 0, max_characters)
 
 
-def _read_parquet(source: SourceConfig, path: str, max_characters: int) -> Iterator[Document | BadDocument]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+def _read_parquet(source: SourceConfig, file: InputFile, max_characters: int) -> Iterator[Document | BadDocument]:
+    try:
+        stream = open_input(file)
+        parquet = pa.parquet.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise _as_damage(error, "damaged parquet file", file.bytes, 1) from error
+    with stream, parquet:
         columns = list(dict.fromkeys([source.text_field, *source.label_fields.values()]))
-        if missing := [name for name in columns if name not in file.schema_arrow.names]:
-            there = ", ".join(file.schema_arrow.names)
-            raise UserError(f"source {source.name}: {path} has no column {missing[0]!r}; it has {there}")
-        line = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=columns, use_threads=False):
-            for row in range(batch.num_rows):
-                line += 1
-                result: dict[str, Any] | str
-                try:
-                    result = {name: batch.column(name)[row].as_py() for name in columns}
-                except UnicodeDecodeError:
-                    result = "invalid UTF-8"
-                yield _accept(source, result, line, max_characters)
+        if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
+            there = ", ".join(parquet.schema_arrow.names)
+            raise UserError(f"source {source.name}: {file.path} has no column {missing[0]!r}; it has {there}")
+        first = 0
+        for group in range(parquet.num_row_groups):
+            line, rows = first, parquet.metadata.row_group(group).num_rows
+            try:
+                for line, values in enumerate(_rows(parquet, group, columns, source, max_characters), first + 1):
+                    yield _accept(source, values, line, None, max_characters)
+            except (pa.ArrowException, OSError) as error:
+                lost = first + rows - line
+                lost_bytes = file.bytes * lost // max(parquet.metadata.num_rows, 1)
+                yield _damage(_as_damage(error, "damaged parquet row group", lost_bytes, max(lost, 1)), line + 1)
+            first += rows
+
+
+def _rows(
+    parquet: pa.parquet.ParquetFile, group: int, columns: list[str], source: SourceConfig, max_characters: int
+) -> Iterator[dict[str, Any] | str]:
+    """Yields the records of a row group, or what is wrong with one."""
+    for batch in parquet.iter_batches(_PARQUET_BATCH, row_groups=[group], columns=columns, use_threads=False):
+        texts = batch.column(source.text_field)
+        is_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
+        sizes = pa.compute.binary_length(texts).to_pylist() if is_text else [None] * batch.num_rows
+        for row, size in enumerate(sizes):
+            if size is not None and size > 4 * max_characters:
+                yield _too_long(max_characters)
+                continue
+            try:
+                yield {name: batch.column(name)[row].as_py() for name in columns}
+            except UnicodeDecodeError:
+                yield "invalid UTF-8"
+
+
+def _as_damage(error: Exception, reason: str, lost_bytes: int, documents: int) -> DamagedError:
+    """Arrow's complaint about the bytes; a file that cannot be reached is no damage and is raised as it came."""
+    if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
+        return DamagedError(reason, str(error).splitlines()[0], lost_bytes, documents)
+    raise error
 
 
 def _accept(
-    source: SourceConfig, values: dict[str, Any] | str, line: int, max_characters: int
+    source: SourceConfig, values: dict[str, Any] | str, line: int, offset: int | None, max_characters: int
 ) -> Document | BadDocument:
     """Checks a record; a str is a problem found already."""
     if isinstance(values, str):
-        return BadDocument(values, line)
+        return BadDocument(values, line, offset)
     text = values.get(source.text_field)
     if problem := _problem(text, source.text_field, values, max_characters):
-        return BadDocument(problem, line)
+        return BadDocument(problem, line, offset)
     labels = {"source": source.name, **source.labels}
-    for label, field in source.label_fields.items():
-        value = values.get(field)
+    for label, name in source.label_fields.items():
+        value = values.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             missing = "is missing" if value is None else "is not a label"
-            return BadDocument(f"field {field!r} for label {label!r} {missing}", line)
+            return BadDocument(f"field {name!r} for label {label!r} {missing}", line, offset)
         labels[label] = str(value).strip()
     return Document(cast(str, text), labels, line)
 

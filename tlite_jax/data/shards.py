@@ -7,25 +7,38 @@ interrupted `prepare` starts anew.
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from tlite_jax.config import NearDuplicatesConfig, digest
-from tlite_jax.data.deduplicate import Signer
 from tlite_jax.data.documents import BadDocument, Document, Shard, read_piece
-from tlite_jax.data.files import ChecksummedFile, map_array, read_json, write_json
+from tlite_jax.data.files import ChecksummedFile, check_size, map_array, read_json, sync_directory, write_json
+from tlite_jax.data.near_duplicates import Signer
 from tlite_jax.data.tokenize import Encoder, TokenizerFile
+from tlite_jax.errors import UserError
 
-SHARD_VERSION = 1
+SHARD_VERSION = 2
+# Of each document: a hash of its text, the number and crc32c of its tokens, the text's bytes, where it was read.
 TABLE = np.dtype(
-    [("hash", "<u8", 2), ("tokens", "<i8"), ("bytes", "<i8"), ("labels", "<u4"), ("piece", "<u4"), ("line", "<i8")]
+    [
+        ("hash", "<u8", 2),
+        ("tokens", "<i8"),
+        ("bytes", "<i8"),
+        ("line", "<i8"),
+        ("crc32c", "<u4"),
+        ("labels", "<u4"),
+        ("piece", "<u4"),
+    ]
 )
 # Documents are tokenised together up to this many characters.
 _BATCH_CHARACTERS = 1 << 18
@@ -58,16 +71,25 @@ class TokenizedShard:
         """One record per document, in order of reading."""
         return self._map("documents.bin", TABLE)
 
-    def tokens(self, *, verify: bool) -> npt.NDArray[np.uint32]:
-        """All documents' tokens, one after another, mapped."""
-        return self._map("tokens.bin", np.dtype("<u4"), verify=verify)
+    def tokens(self) -> npt.NDArray[np.uint32]:
+        """All documents' tokens, one after another, mapped; the table has a checksum of each document's."""
+        return self._map("tokens.bin", np.dtype("<u4"), verify=False)
 
     def signatures(self, num_permutations: int) -> npt.NDArray[np.uint32]:
         """MinHash signatures, uint32 [documents, num_permutations]."""
         return self._map("signatures.bin", np.dtype("<u4")).reshape(-1, num_permutations)
 
+    def bands(self, num_bands: int, *, verify: bool) -> npt.NDArray[np.uint64]:
+        """Hashes of the signatures' bands, uint64 [documents, num_bands]."""
+        return self._map("bands.bin", np.dtype("<u8"), verify=verify).reshape(-1, num_bands)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many documents were bad for each reason."""
+        return self.manifest["reasons"]
+
     def quarantined(self) -> Iterator[dict[str, Any]]:
-        """The bad documents: piece, line, reason."""
+        """The bad documents: piece, line, reason and, where known, offset, detail, lost_bytes, documents."""
         with (self.directory / "quarantine.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
@@ -93,13 +115,28 @@ def open_shard(directory: Path) -> TokenizedShard:
     return TokenizedShard(directory, read_json(directory / "manifest.json"))
 
 
+def find_shard(shard: Shard, settings: ShardSettings) -> Path | None:
+    """Returns the directory of a shard that is finished, all of its files there in their sizes; else None."""
+    directory = settings.directory / shard_key(shard, settings)
+    if not directory.is_dir():
+        return None
+    try:
+        for name, expected in open_shard(directory).manifest["files"].items():
+            check_size(directory / name, expected)
+    except UserError:
+        return None
+    return directory
+
+
 def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: Encoder) -> Path:
-    """Reads, checks, hashes and tokenises a shard's documents; returns its directory. Finished ones are kept."""
+    """Reads, checks, hashes and tokenises a shard's documents; returns its directory. Finished ones are kept.
+
+    Any number of processes on any number of machines may do the same shard: one of them gives it its name.
+    """
+    if found := find_shard(shard, settings):
+        return found
     final = settings.directory / shard_key(shard, settings)
-    if (final / "manifest.json").exists():
-        return final
-    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(parents=True)
     with _ShardWriter(partial, settings, encoder) as writer:
         lines = []
@@ -110,7 +147,22 @@ def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: Encoder) -> P
                 writer.add(number, document)
             lines.append(last)
         writer.close(lines)
-    partial.rename(final)
+    return _publish(partial, final, shard, settings)
+
+
+def _publish(partial: Path, final: Path, shard: Shard, settings: ShardSettings) -> Path:
+    """Renames a finished directory, in the place of a damaged one if need be; a twin's work is as good."""
+    try:
+        partial.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        if find_shard(shard, settings) is None:
+            final.rename(partial.with_name(f"{partial.name}.damaged"))
+            partial.rename(final)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+    sync_directory(final.parent)
     return final
 
 
@@ -118,11 +170,12 @@ class _ShardWriter:
     def __init__(self, directory: Path, settings: ShardSettings, encoder: Encoder) -> None:
         self._settings, self._encoder, self._directory = settings, encoder, directory
         self._signer = Signer(settings.near_duplicates) if settings.near_duplicates else None
-        names = ["tokens.bin", "documents.bin", *(["signatures.bin"] if self._signer else [])]
+        names = ["tokens.bin", "documents.bin", *(["signatures.bin", "bands.bin"] if self._signer else [])]
         self._files = {name: ChecksummedFile(directory / name) for name in [*names, "quarantine.jsonl"]}
         self._batch: list[tuple[int, Document]] = []
-        self._characters = 0
+        self._characters = self._lost_bytes = 0
         self._labels: dict[tuple[tuple[str, str], ...], int] = {}
+        self._reasons: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +186,7 @@ class _ShardWriter:
 
     def add(self, piece: int, document: Document | BadDocument) -> None:
         if isinstance(document, BadDocument):
-            self._quarantine(piece, document.line, document.reason)
+            self._quarantine(piece, document)
             return
         self._batch.append((piece, document))
         self._characters += len(document.text)
@@ -142,32 +195,49 @@ class _ShardWriter:
 
     def close(self, lines: list[int]) -> None:
         self._flush()
-        files = {name: file.close() for name, file in self._files.items()}
-        labels = [dict(items) for items in self._labels]
-        write_json(self._directory / "manifest.json", {"labels": labels, "lines": lines, "files": files})
+        manifest = {
+            "labels": [dict(items) for items in self._labels],
+            "lines": lines,
+            "reasons": dict(sorted(self._reasons.items())),
+            "lost_bytes": self._lost_bytes,
+            "files": {name: file.close() for name, file in self._files.items()},
+        }
+        write_json(self._directory / "manifest.json", manifest)
 
-    def _quarantine(self, piece: int, line: int, reason: str) -> None:
-        record = json.dumps({"piece": piece, "line": line, "reason": reason}, ensure_ascii=False)
-        self._files["quarantine.jsonl"].write(f"{record}\n".encode())
+    def _quarantine(self, piece: int, bad: BadDocument) -> None:
+        self._reasons[bad.reason] += bad.documents
+        self._lost_bytes += bad.lost_bytes
+        record = {"piece": piece, **{name: value for name, value in asdict(bad).items() if value is not None}}
+        if not bad.lost_bytes:
+            del record["lost_bytes"]
+        if bad.documents == 1:
+            del record["documents"]
+        self._files["quarantine.jsonl"].write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
 
     def _flush(self) -> None:
-        for (piece, document), tokens in zip(
-            self._batch, self._encoder.encode([document.text for _, document in self._batch]), strict=True
-        ):
+        batch, self._batch, self._characters = self._batch, [], 0
+        encoded = self._encoder.encode([document.text for _, document in batch])
+        table = np.zeros(len(batch), TABLE)
+        texts = []
+        written = 0
+        for (piece, document), tokens in zip(batch, encoded, strict=True):
             if not tokens.size:
-                self._quarantine(piece, document.line, "no tokens")
+                self._quarantine(piece, BadDocument("no tokens", document.line))
                 continue
             text = document.text.encode()
-            record = np.zeros(1, TABLE)
-            record["hash"] = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), "<u8")
-            record["tokens"], record["bytes"] = tokens.size, len(text)
-            record["labels"] = self._label_number(document.labels)
-            record["piece"], record["line"] = piece, document.line
-            self._files["documents.bin"].write(record.tobytes())
-            self._files["tokens.bin"].write(tokens.astype("<u4").tobytes())
-            if self._signer:
-                self._files["signatures.bin"].write(self._signer.sign(document.text).astype("<u4").tobytes())
-        self._batch, self._characters = [], 0
+            data = tokens.astype("<u4", copy=False).tobytes()
+            hashed = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), "<u8")
+            labels = self._label_number(document.labels)
+            crc = google_crc32c.value(data)
+            table[written] = (hashed, tokens.size, len(text), document.line, crc, labels, piece)
+            self._files["tokens.bin"].write(data)
+            texts.append(document.text)
+            written += 1
+        self._files["documents.bin"].write(table[:written].tobytes())
+        if self._signer and texts:
+            signatures = np.stack([self._signer.sign(text) for text in texts])
+            self._files["signatures.bin"].write(signatures.astype("<u4", copy=False).tobytes())
+            self._files["bands.bin"].write(self._signer.bands(signatures).astype("<u8", copy=False).tobytes())
 
     def _label_number(self, labels: dict[str, str]) -> int:
         key = tuple((label, labels[label]) for label in self._settings.bucket_labels if label in labels)
