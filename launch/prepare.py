@@ -76,18 +76,24 @@ def _print(report: "PrepareReport") -> None:
     from launch.mixture import WIDTH_OF_A_FILE
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ("bucket", "documents", "tokens", "rows", "padding", "held out", "exact dup.", "near dup.")
+    columns = ("bucket", "documents", "tokens", "rows", "padding", "fill", "held out", "exact dup.", "near dup.")
     for name in columns:
         is_name = name == "bucket"
         table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for b in report.buckets:
-        counts = (b.documents, b.tokens, b.rows, b.padding_tokens, b.held_out_documents)
+        counts = (b.held_out_documents, b.exact_duplicates, b.near_duplicates)
+        sizes = (b.documents, b.tokens, b.rows, b.padding_tokens)
         name = f"{b.name} (never trained)" if b.never_trained else b.name
-        table.add_row(name, *(f"{count:,}" for count in (*counts, b.exact_duplicates, b.near_duplicates)))
+        fill = f"{b.fill:.2%}" if b.rows else "-"
+        table.add_row(name, *(f"{size:,}" for size in sizes), fill, *(f"{count:,}" for count in counts))
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
     console.print(table)
+    for b in report.buckets:
+        if b.split_documents:
+            line = f"{b.name}: {b.split_documents:,} documents are longer than a row and were cut; nothing is lost"
+            console.print(line, highlight=False, markup=False)
     for source, reasons in report.quarantined.items():
         for reason, count in sorted(reasons.items()):
             console.print(f"quarantined from {source}: {count:,} ({reason})", highlight=False, markup=False)

@@ -51,7 +51,7 @@ def refused(file: Path, *overrides: str) -> str:
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate: Input should be a finite number"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate: Input should be a valid number (got 'fast')"),
         ("optimizer.beta2=1.0", "optimizer.beta2: Input should be less than 1 (got 1.0)"),
-        ("data.document_masking=1", "data.document_masking: Input should be a valid boolean (got 1)"),
+        ("data.document_masking=1", "data.document_masking: should be false, true or best_fit"),
         ("schedule.name=linear", "schedule.name: Input should be 'constant_with_warmup' or 'cosine_with_warmup'"),
         (
             "execution.remat=some",

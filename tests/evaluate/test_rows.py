@@ -127,3 +127,14 @@ def test_what_is_not_finite_names_the_bucket():
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), decoder.init_params(MODEL, 0))
     with pytest.raises(NotFiniteError, match="the loss on held-out bucket all is nan"):
         evaluator.score(broken, [bucket_of(by_byte)])
+
+
+def test_of_a_chat_only_the_answers_are_scored() -> None:
+    scored = np.array([False, False, False, True, True, False, True, True])
+    document = HeldOutDocument(np.array([1, 5, 6, 7, 8, 9, 10, 2], np.uint32), 4, scored)
+    (window,) = Boundaries(1, 2).text_windows(0, document, 16)
+    assert window.inputs.tolist() == [1, 5, 6, 7, 8, 9]
+    assert window.targets.tolist() == [IGNORED, IGNORED, 7, 8, IGNORED, 10]
+    (window,) = Boundaries(None, 2).text_windows(0, document, 16)
+    assert window.inputs.tolist() == [2, 1, 5, 6, 7, 8, 9]
+    assert window.targets.tolist() == [IGNORED, IGNORED, IGNORED, 7, 8, IGNORED, 10]

@@ -19,6 +19,11 @@ class SourceConfig(Section):
     text_field: str = "text"
     labels: dict[str, str] = Field(default={}, description="labels of every document, e.g. language: ru")
     label_fields: dict[str, str] = Field(default={}, description="label -> the document field that holds it")
+    packing: Literal["concatenate", "best_fit"] = Field(
+        default="concatenate",
+        description="concatenate: documents one after another, cut into rows; best_fit: whole documents into rows, for "
+        "instructions",
+    )
     training: bool = Field(default=True, description="false: all of it is held out, none is ever trained on")
     parse_special_tokens: bool = Field(
         default=False, description="true: special tokens written in the text become their ids (chat templates)"

@@ -6,9 +6,9 @@ computed: mesh, precision, kernels) may change when a run resumes.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tlite_jax.config.base import (
     Fraction,
@@ -81,6 +81,13 @@ class InitConfig(Section):
     )
 
 
+def _no_number(value: Any) -> Any:
+    """1 equals True, and is not what anyone means."""
+    if type(value) in (int, float):
+        raise ValueError("should be false, true or best_fit")
+    return value
+
+
 class DataConfig(Section):
     """Tokens: how text becomes rows, where the rows lie, and in which proportions they are read."""
 
@@ -89,9 +96,16 @@ class DataConfig(Section):
     sequence_length: Positive
     document_start: str | None = Field(default="bos", description="bos, eos, a token's text, or null for none")
     document_end: str | None = Field(default="eos", description="bos, eos, a token's text, or null for none")
-    document_masking: bool = Field(default=False, description="attention stays inside a document")
+    document_masking: Annotated[Literal[False, True, "best_fit"], BeforeValidator(_no_number)] = Field(
+        default=False, description="attention stays inside a document; best_fit: only in rows packed so"
+    )
     prepare: PrepareConfig | None = Field(default=None, description="null: the buckets are there already")
     mixture: MixtureConfig = MixtureConfig()
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether batches say which tokens belong together."""
+        return self.document_masking is not False
 
 
 class OptimizerConfig(Section):

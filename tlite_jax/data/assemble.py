@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from tlite_jax.data.bucket_writer import BucketWriter
 from tlite_jax.data.corpus import Corpus
+from tlite_jax.data.packed_rows import write_packed
 from tlite_jax.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -32,20 +34,31 @@ class Assembler:
         key = self._corpus.keys[number]
         sizes = self._corpus.table["bytes"]
         length, pad_id = self._sequence_length, self._pad_id
-        with BucketWriter(self._directory, name, sequence_length=length, pad_id=pad_id) as writer:
-            for documents in self._batches(training):
-                pieces = [self._tokens(document) for document in documents]
-                lengths = np.array([piece.size for piece in pieces], np.int64)
-                writer.append(np.concatenate(pieces), lengths, int(sizes[documents].sum()))
+        with BucketWriter(self._directory, name, sequence_length=length, pad_id=pad_id, packing=key.packing) as writer:
+            if key.packing == "best_fit":
+                lengths = self._corpus.table["tokens"][training].astype(np.int64)
+                write_packed(writer, lengths, partial(self._tokens_of, training), text_bytes=int(sizes[training].sum()))
+            else:
+                self._concatenate(writer, training)
             for document in held_out:
                 writer.append_held_out(self._tokens(document), int(sizes[document]))
             return writer.close(dict(key.labels), never_trained=key.never_trained)
+
+    def _concatenate(self, writer: BucketWriter, training: Ints) -> None:
+        sizes = self._corpus.table["bytes"]
+        for documents in self._batches(training):
+            pieces = [self._tokens(document) for document in documents]
+            lengths = np.array([piece.size for piece in pieces], np.int64)
+            writer.append(np.concatenate(pieces), lengths, int(sizes[documents].sum()))
 
     def _batches(self, documents: Ints) -> Iterator[Ints]:
         """Cuts a list of documents so that each part has about _BATCH_TOKENS tokens."""
         if documents.size:
             part = np.cumsum(self._corpus.table["tokens"][documents]) // _BATCH_TOKENS
             yield from np.split(documents, np.flatnonzero(np.diff(part)) + 1)
+
+    def _tokens_of(self, documents: Ints, number: int) -> Tokens:
+        return self._tokens(int(documents[number]))
 
     def _tokens(self, document: int) -> Tokens:
         shard, start = int(self._corpus.shard[document]), int(self._corpus.start[document])

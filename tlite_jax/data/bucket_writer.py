@@ -29,7 +29,7 @@ class BucketWriter:
         self._final, self._directory = parent / name, parent / f".{name}.partial"
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir()
-        self._length, self._packing = sequence_length, packing
+        self.sequence_length, self._packing = sequence_length, packing
         self._padding = np.uint32(pad_id) | UNSCORED
         # tokens.bin has a checksum for each row, which says more than one for each block.
         self._files: dict[str, ChecksummedFile] = {
@@ -81,14 +81,14 @@ class BucketWriter:
           num_tokens: int64 [rows].
         """
         assert self._packing == "best_fit"
-        is_padding = np.arange(self._length) >= num_tokens[:, None]
+        is_padding = np.arange(self.sequence_length) >= num_tokens[:, None]
         rows = np.where(is_padding, self._padding, rows).astype(TOKEN)
         flat = rows.reshape(-1)
         # A document's first token follows another document's last one, which says nothing of it.
         flat[starts] |= UNSCORED
         self._count(rows[~is_padding], int(num_tokens.sum()))
         self._counts["padding_tokens"] += int(is_padding.sum())
-        self._write_rows(rows, starts + self._counts["rows"] * self._length, num_tokens)
+        self._write_rows(rows, starts + self._counts["rows"] * self.sequence_length, num_tokens)
 
     def count_documents(self, documents: int, *, split: int, text_bytes: int) -> None:
         """Notes what `append_rows` was given: documents, those cut because a row was too short, bytes of text."""
@@ -106,7 +106,7 @@ class BucketWriter:
     def close(self, labels: dict[str, str], *, never_trained: bool) -> str:
         """Pads the last row, makes everything durable and renames. Returns the manifest's digest."""
         if self._packing == "concatenate":
-            padding = -self._counts["tokens"] % self._length
+            padding = -self._counts["tokens"] % self.sequence_length
             self._tokens.append(np.full(padding, self._padding, TOKEN))
             self._counts["padding_tokens"] = padding
             self._flush()
@@ -116,7 +116,7 @@ class BucketWriter:
             "labels": labels,
             "never_trained": never_trained,
             "packing": self._packing,
-            "sequence_length": self._length,
+            "sequence_length": self.sequence_length,
             **self._counts,
             "pieces": self._pieces,
             **self._held_out,
@@ -143,11 +143,13 @@ class BucketWriter:
         """Writes the whole rows of what was concatenated, and keeps the rest."""
         tokens = np.concatenate(self._tokens).astype(TOKEN, copy=False)
         starts = np.concatenate([*self._starts, np.empty(0, np.int64)])
-        count = tokens.size // self._length
-        first, whole = self._counts["rows"], count * self._length
-        num_tokens = np.clip(self._counts["tokens"] - (first + np.arange(count)) * self._length, 0, self._length)
-        written = np.searchsorted(starts, (first + count) * self._length)
-        self._write_rows(tokens[:whole].reshape(count, self._length), starts[:written], num_tokens)
+        count = tokens.size // self.sequence_length
+        first, whole = self._counts["rows"], count * self.sequence_length
+        num_tokens = np.clip(
+            self._counts["tokens"] - (first + np.arange(count)) * self.sequence_length, 0, self.sequence_length
+        )
+        written = np.searchsorted(starts, (first + count) * self.sequence_length)
+        self._write_rows(tokens[:whole].reshape(count, self.sequence_length), starts[:written], num_tokens)
         self._tokens, self._pending_tokens = [tokens[whole:]], tokens.size - whole
         self._starts = [starts[written:]]
 

@@ -28,10 +28,11 @@ _OPEN_SHARDS = 256
 
 @dataclass(frozen=True)
 class BucketKey:
-    """What makes a bucket: labels, and whether its documents may be trained on."""
+    """What makes a bucket: labels, whether its documents may be trained on, and how they are laid into rows."""
 
     labels: tuple[tuple[str, str], ...]
     never_trained: bool
+    packing: str
 
 
 _FILES = {"table.bin": TABLE, "shard.bin": np.dtype("<u4"), "start.bin": np.dtype("<i8"), "bucket.bin": np.dtype("<u4")}
@@ -113,7 +114,9 @@ def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Pat
         for number, (shard, tokenized) in enumerate(zip(shards, done, strict=True)):
             table = tokenized.table()
             found = [
-                keys.setdefault(BucketKey(tuple(labels.items()), not shard.source.training), len(keys))
+                keys.setdefault(
+                    BucketKey(tuple(labels.items()), not shard.source.training, shard.source.packing), len(keys)
+                )
                 for labels in tokenized.labels
             ]
             columns = {
@@ -180,7 +183,7 @@ def bucket_names(keys: Sequence[BucketKey]) -> list[str]:
     for key, name in zip(keys, plain, strict=True):
         safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", name).lstrip(".")[:80]
         tells_apart = safe == name and count[name.lower()] == 1 and not name.lower().endswith((".json", ".jsonl"))
-        names.append(name if tells_apart else f"{safe}-{digest([key.labels, key.never_trained])[:8]}")
+        names.append(name if tells_apart else f"{safe}-{digest([key.labels, key.never_trained, key.packing])[:8]}")
     return names
 
 

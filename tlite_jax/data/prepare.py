@@ -45,6 +45,13 @@ class BucketReport:
     held_out_tokens: int
     exact_duplicates: int
     near_duplicates: int
+    packing: str = "concatenate"
+    split_documents: int = 0
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' places that hold tokens."""
+        return self.tokens / max(1, self.tokens + self.padding_tokens)
 
 
 @dataclass(frozen=True)

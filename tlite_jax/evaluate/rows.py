@@ -76,17 +76,19 @@ class Boundaries(NamedTuple):
     end: int | None
 
     def text_windows(self, owner: int, document: HeldOutDocument, length: int) -> list[Window]:
-        """Windows that score each text token of a document once.
+        """Windows that score each text token of a document once; of a chat, those of its answers.
 
         Where there is no start, `end` stands before the first token, as it does in training; without either, the first
         token has no context, cannot be scored, and stands for itself.
         """
         tokens = document.tokens.astype(np.int32)
+        scored = np.ones(len(tokens), bool) if document.scored is None else document.scored
         if self.end is not None and len(tokens) and tokens[-1] == self.end:
-            tokens = tokens[:-1]
+            tokens, scored = tokens[:-1], scored[:-1]
         if self.start is None and len(tokens):
             tokens = np.concatenate([[tokens[0] if self.end is None else self.end], tokens]).astype(np.int32)
-        inputs, targets = tokens[:-1], tokens[1:]
+            scored = np.concatenate([[False], scored])
+        inputs, targets = tokens[:-1], np.where(scored[1:], tokens[1:], IGNORED).astype(np.int32)
         return [
             Window(owner, inputs[first : first + length], targets[first : first + length])
             for first in range(0, len(inputs), length)

@@ -44,7 +44,7 @@ def compile_program(config: RunConfig, devices: Sequence[jax.Device], *, devices
     compiled = _lower(config, config.model, mesh).compile()
     seconds = time.monotonic() - start
     rows = config.train.batch_size // (mesh.size // context)
-    length, masks = config.data.sequence_length, config.data.document_masking
+    length, masks = config.data.sequence_length, config.data.has_segments
     sequences = rows // config.execution.num_microbatches
     intent = Intent(
         config.model,
@@ -89,12 +89,12 @@ def _lower(config: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> ja
         config.execution,
         mesh,
         schedule=schedule,
-        document_masking=config.data.document_masking,
+        document_masking=config.data.has_segments,
     )
     rows = jax.ShapeDtypeStruct(
         (config.train.batch_size, config.data.sequence_length), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC)
     )
-    names = ("tokens", "targets", "segment_ids") if config.data.document_masking else ("tokens", "targets")
+    names = ("tokens", "targets", "segment_ids") if config.data.has_segments else ("tokens", "targets")
     return step.lower(abstract_state(model, mesh), dict.fromkeys(names, rows))  # type: ignore[attr-defined]
 
 

@@ -65,7 +65,7 @@ def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evalua
         config.execution,
         mesh,
         schedule=lambda step: schedule(step + run.schedule_offset),
-        document_masking=config.data.document_masking,
+        document_masking=config.data.has_segments,
     )
     state = first_state(run, mesh)
     data = batches(
