@@ -1,7 +1,13 @@
 """Joining a job of several processes."""
 
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 
+from launch.world import World, find_world, given_world, gpu_ids, outside_of_srun
 from tlite_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 10  # a dead process is noticed after about this long; jax's default is 100
@@ -10,7 +16,8 @@ HEARTBEAT_SECONDS = 10  # a dead process is noticed after about this long; jax's
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Connects this process to its job, if it is part of one; to be called before jax looks for devices.
 
-    Without arguments, a job is recognised by Slurm's or Open MPI's environment variables.
+    Without arguments a job is recognised by torchrun's, Kubernetes', Open MPI's or Slurm's environment variables, and
+    on TPU machines by jax.
 
     Args:
       coordinator: "host:port" of process 0.
@@ -20,21 +27,74 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     Raises:
       UserError: some of the three given, or the job cannot be joined.
     """
+    world = given_world(coordinator, num_processes, process_id) or find_world(os.environ, socket.getfqdn)
+    if world is not None:
+        _join(world)
+    elif on_tpu(os.environ, Path("/dev")):
+        _join_tpu_pod()
+    elif tasks := outside_of_srun(os.environ):
+        print(
+            f"started without srun in a Slurm job of {tasks} nodes: this process trains alone, on this node; "
+            "for all of them, start it with srun",
+            file=sys.stderr,
+        )
+
+
+def _join(world: World) -> None:
     import jax
 
-    given = [coordinator, num_processes, process_id]
-    sizes = [os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    found = any(size and size.isdecimal() and int(size) > 1 for size in sizes)
-    in_step = "SLURM_STEP_ID" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise UserError("give --coordinator, --num-processes and --process-id together, or none of them")
-        if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
-            raise UserError(f"--process-id {process_id} is not one of 0..{num_processes - 1}")
-    elif not (found and in_step):
-        return
+    own = gpu_ids(world, count_gpus(os.environ))
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            world.coordinator,
+            world.num_processes,
+            world.process_id,
+            local_device_ids=own,
+            cluster_detection_method="deactivate",  # it would choose one GPU where `own` is None, all of them
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot join the job at {coordinator or 'the address of the scheduler'}: {line}") from error
+        raise UserError(
+            f"process {world.process_id} of {world.num_processes} ({world.found_by}) cannot join the job at "
+            f"{world.coordinator}: {line}"
+        ) from error
+
+
+def _join_tpu_pod() -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except ValueError as error:
+        if "should be defined" not in str(error):  # jax's word for: no pod, one machine
+            raise UserError(f"cannot join the TPU pod: {str(error).strip().splitlines()[0]}") from error
+    except RuntimeError as error:
+        raise UserError(f"cannot join the TPU pod: {str(error).strip().splitlines()[0]}") from error
+
+
+def on_tpu(environment: Mapping[str, str], devices: Path) -> bool:
+    """Whether this machine has TPU chips that jax will use; `devices` is /dev."""
+    from importlib.util import find_spec
+
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms.split(","):
+        return False
+    chips = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]
+    return bool(chips) and find_spec("libtpu") is not None
+
+
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """The NVIDIA GPUs that CUDA shows to a process of this environment; 0 where there is no driver."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return 0
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return next((place for place, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+        return sum(line.startswith("GPU ") for line in listed.splitlines())
+    except (OSError, subprocess.SubprocessError):
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))

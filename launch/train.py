@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tlite_jax.train.run import Run
     from tlite_jax.train.state import TrainState
 
-EXIT_PREEMPTED, EXIT_INTERRUPTED = 75, 130
+EXIT_INTERRUPTED = 130
 
 
 def main(
@@ -29,23 +29,29 @@ def main(
 ) -> None:
     """Train a run, or go on with it: the same command does both.
 
-    SIGTERM and Ctrl-C save a checkpoint and stop, with exit status 75 and 130.
+    Under Slurm, Open MPI, Kubernetes, torchrun or on a TPU pod the processes of a job find each other.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop, with exit status 75 (start me again) and 130.
 
     Example: python -m launch train configs/tlite_8b_stage1.yaml checkpoint.every=250 mesh.replica=12
     """
     from launch.distributed import initialize
+    from launch.preemption import EXIT_PREEMPTED, ignore_signals, notice_signals
 
+    notice_signals()
     initialize(coordinator, num_processes, process_id)
+    import jax
+
+    from launch.mesh_fit import check_world
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
     from tlite_jax.train.run import open_run
 
     loaded = load_config(config, overrides or ())
+    check_world(loaded, jax.process_count(), jax.local_device_count())
     if loaded.compilation_cache is not None:
-        import jax
-
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
     result = train_run(open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change))
+    ignore_signals()
     if result.signal is not None:
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Called(NamedTuple):
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Called]]:
     """Calls `python -m launch` in this process."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")
@@ -44,7 +44,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             status = end.code or 0
         return Called(status, *capsys.readouterr())
 
-    return invoke
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield invoke
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -125,7 +128,9 @@ def test_a_batch_the_mesh_cannot_share_is_refused(refuse: Callable[..., str], pl
     line = refuse("train", place / "run.yaml", "train.batch_size=25")
     assert "train.batch_size 25 is not divisible by 8 devices" in line
     assert "use 24 or 32" in line
-    assert "replica x fsdp that fit: 8 x 1, 4 x 2" in refuse("train", place / "run.yaml", "mesh.replica=3")
+    line = refuse("train", place / "run.yaml", "mesh.replica=3")
+    assert "replica 3 x fsdp the rest in the config, 1 x 8 = 8 devices found" in line
+    assert "nearest first: mesh.replica=4 mesh.fsdp=2; mesh.replica=2 mesh.fsdp=4; mesh.replica=8" in line
 
 
 @pytest.mark.parametrize("command", ["train", "prepare"])
@@ -182,7 +187,7 @@ def test_a_failure_of_ours_is_one_line_and_debug_shows_the_trace(
     assert traced.err.endswith("error: RuntimeError: first line\n")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_saves_and_has_its_own_status(
     number: signal.Signals, status: int, call: Callable[..., Called], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +202,8 @@ def test_a_signal_saves_and_has_its_own_status(
     monkeypatch.setattr(loop, "make_step", tiny.make_quick_step)
     ended = call("train", place / "run.yaml", *tiny.from_imported())
     assert ended.status == status
-    assert f"step 1 of 6, stopped by {number.name}; run again to go on" in ended.out
+    answered = signal.SIGTERM if number == signal.SIGUSR1 else number
+    assert f"step 1 of 6, stopped by {answered.name}; run again to go on" in ended.out
     assert steps_on_disk(place / "run") == [1]
     monkeypatch.setattr(loop, "batches", real)
     ended = call("train", place / "run.yaml", *tiny.from_imported(), "telemetry.console=true")

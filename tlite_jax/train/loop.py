@@ -76,7 +76,8 @@ def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evalua
         start_row=run.rows_consumed - run.segments[-1].start_row,
         document_masking=config.data.document_masking,
     )
-    with saver(run.directory, config.checkpoint) as checkpoints, _writer(run, console) as writer, _signals() as stop:
+    # Signals are ours until the last checkpoint is whole.
+    with _signals() as stop, saver(run.directory, config.checkpoint) as checkpoints, _writer(run, console) as writer:
         log = _Log(run, mesh, writer)
         return _loop(run, state, step_fn, data, checkpoints, log, stop, evaluate)
 
