@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-smollm2 lint format types clean
+.PHONY: quickstart test test-smollm2 test-llama-cpp lint format types clean
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
@@ -14,6 +14,12 @@ test: lint types                        ## lint, types, tests
 test-smollm2: $(VENV)/.installed-test   ## the tests that need the real weights (a download of 93 MB)
 	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
 	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s -k smollm2
+
+# llama-cpp-python is built from source (4 minutes on 2 cores), once: pip keeps the wheel in its cache.
+test-llama-cpp: $(VENV)/.installed-test ## our GGUF files against llama.cpp itself
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(PIP) llama-cpp-python==0.3.36 llama-models==0.3.0 --no-deps diskcache
+	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
+	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s tests/bridge/test_llama_cpp.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

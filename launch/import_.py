@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.tensor_progress import tensor_progress
+from launch.byte_progress import byte_progress
 from tlite_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,5 +72,5 @@ def read_model(src: str, revision: str | None = None) -> "Imported":
     if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
         raise UserError(f"{src} holds GGUF files; give one of them: {', '.join(map(str, files))}")
     import_ = import_gguf if path.is_file() and path.suffix not in (".safetensors", ".bin") else import_hf
-    with tensor_progress(f"reading {src}") as report:
+    with byte_progress(f"reading {src}") as report:
         return import_(path, report)

@@ -105,14 +105,19 @@ def stack(
       wanted: slots by the file's own tensor names.
       stored: the file's tensors; all of `wanted` are there.
       read: makes a slot's array [slot.shape] in Hugging Face's row order.
-      report: called with (tensors read, tensors in all).
+      report: called with (bytes read, bytes in all), as they lie in memory.
     """
     dtypes: dict[str, set[str]] = {}
     for name, slot in wanted.items():
         dtypes.setdefault(slot.path, set()).add(memory_dtype(stored[name].dtype))
     num_layers = 1 + max((slot.layer for slot in wanted.values() if slot.layer is not None), default=-1)
+    sizes = {
+        name: math.prod(slot.shape) * WEIGHT_DTYPES[memory_dtype(stored[name].dtype)].itemsize
+        for name, slot in wanted.items()
+    }
+    done, total = 0, sum(sizes.values())
     params: Params = {}
-    for done, (name, slot) in enumerate(wanted.items(), start=1):
+    for name, slot in wanted.items():
         if slot.layer is None:
             params[slot.path] = np.array(read(slot, stored[name]))
         else:
@@ -122,7 +127,8 @@ def stack(
                 (dtype,) = dtypes[slot.path] if len(dtypes[slot.path]) == 1 else ("float32",)
                 leaves[leaf] = np.empty((num_layers, *slot.shape), WEIGHT_DTYPES[dtype])
             leaves[leaf][slot.layer] = read(slot, stored[name])
-        report(done, len(wanted))
+        done += sizes[name]
+        report(done, total)
     return params
 
 
@@ -150,7 +156,7 @@ def outgoing(
         part = array if slot.layer is None else array[slot.layer]
         assert part.shape == slot.shape, f"{slot.path}: {part.shape} instead of {slot.shape}"
         dtype = WEIGHT_DTYPES[tensor_dtypes.get(name, weights_dtype)]
-        result.append(OutgoingTensor(name, slot.shape, dtype, partial(_cast, name, part, dtype)))
+        result.append(OutgoingTensor(name, slot.shape, dtype, partial(cast_weights, name, part, dtype)))
     return result
 
 
@@ -162,7 +168,8 @@ def main_dtype(shares: Iterable[tuple[str, tuple[int, ...]]]) -> str:
     return max(values, key=lambda dtype: values[dtype])
 
 
-def _cast(name: str, source: Any, dtype: np.dtype) -> np.ndarray:
+def cast_weights(name: str, source: Any, dtype: np.dtype) -> np.ndarray:
+    """Rounds to nearest even; refuses finite values that become infinite."""
     array = np.asarray(source)
     if array.dtype == dtype:
         return array

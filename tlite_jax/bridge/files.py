@@ -111,6 +111,37 @@ def new_directory(destination: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_file(destination: Path) -> Iterator[Path]:
+    """Yields the path of a temporary file beside `destination` that takes its place when the block ends without error.
+
+    Its content is flushed to the disk before the renaming; after an error it is removed.
+
+    Raises:
+      UserError: `destination` exists or cannot be written.
+    """
+    if os.path.lexists(destination):
+        raise UserError(f"{destination} exists; remove it or choose another destination")
+    destination = Path(os.path.abspath(destination))
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
+        os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror}") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.rename(temporary, destination)
+        _flush(destination.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def refuse_occupied(destination: Path) -> None:
     """Raises UserError unless `destination` is free: absent, or an empty directory."""
     if not os.path.lexists(destination):

@@ -21,14 +21,15 @@ from tlite_jax.bridge.assemble import (
     no_report,
     stack,
 )
+from tlite_jax.bridge.gguf_metadata import INITIALIZER_KEY, SCALING_KEY, rope_scaling_from
 from tlite_jax.bridge.names import Slot, rows_from_gguf, slots
 from tlite_jax.bridge.safetensors_io import StoredTensor
 from tlite_jax.bridge.tokenizer import check_vocabulary, tokenizer_from_gguf
-from tlite_jax.config import ModelConfig
+from tlite_jax.config import Llama3RopeScaling, ModelConfig
 from tlite_jax.config_files import parse
 from tlite_jax.errors import UserError
 
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1 and 3.2: GGUF keeps the scaled frequencies, not these three numbers they came from.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
 _KEYS = {
@@ -55,7 +56,7 @@ def import_gguf(source: Path, report: Report = no_report) -> Imported:
 
     Args:
       source: the file.
-      report: called with (tensors read, tensors in all).
+      report: called with (bytes read, bytes in all).
 
     Returns:
       float32, float16 and bfloat16 tensors as they are, quantised ones as float32. `weights_dtype` is the dtype that
@@ -71,7 +72,7 @@ def import_gguf(source: Path, report: Report = no_report) -> Imported:
     tokenizer = tokenizer_from_gguf(metadata, str(source))
     check_vocabulary(tokenizer, model, str(source))
     wanted = {slot.gguf: slot for slot in slots(model)}
-    match_names(wanted, stored, source, harmless=(_ROPE_FACTORS,))
+    match_names(wanted, stored, source, harmless=(ROPE_FACTORS,))
     params = stack(wanted, stored, _read_slot, report)
     main = main_dtype((stored[name].dtype, stored[name].shape) for name in wanted)
     if main in WEIGHT_DTYPES:
@@ -113,7 +114,9 @@ def model_config_from_gguf(metadata: Mapping[str, Any], stored: Mapping[str, Sto
         raise UserError(f"{origin}: token_embd.weight is missing or not a matrix")
     values["vocab_size"] = embedding.shape[0]
     theta = values["rope_theta"] = _short_float(get("rope.freq_base", 10000.0))
-    values["rope_scaling"] = _rope_scaling(stored.get(_ROPE_FACTORS), head_dim, theta, origin)
+    values["rope_scaling"] = _rope_scaling(stored.get(ROPE_FACTORS), head_dim, theta, metadata, origin)
+    if isinstance(deviation := metadata.get(INITIALIZER_KEY), float):
+        values["initializer_range"] = _short_float(deviation)
     values["tie_word_embeddings"] = "output.weight" not in stored
     values["attention_bias"] = any(name.endswith("attn_q.bias") for name in stored)
     return parse(ModelConfig, values, origin)
@@ -132,21 +135,34 @@ def rope_factors(factor: float, low: float, high: float, original: int, head_dim
     return (1 / ((1 - blend) / factor + blend)).astype(np.float32)
 
 
-def _rope_scaling(stored: StoredTensor | None, head_dim: int, theta: Any, origin: str) -> dict[str, Any] | None:
-    """Recognises Llama 3's RoPE scaling by the factors it leads to."""
+def factors_of(scaling: Llama3RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    """`rope_factors` of a model's scaling."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return rope_factors(scaling.factor, low, high, scaling.original_max_position_embeddings, head_dim, theta)
+
+
+def _rope_scaling(
+    stored: StoredTensor | None, head_dim: int, theta: Any, metadata: Mapping[str, Any], origin: str
+) -> dict[str, Any] | None:
+    """Recognises Llama 3's RoPE scaling by the factors it leads to; files of ours also hold its four numbers."""
     if stored is None:
         return None
     factors = np.asarray(stored.read(), np.float32).reshape(-1)
-    factor = round(float(factors.max(initial=0)), 3)
-    if factors.shape == (head_dim // 2,) and factor > 0:
-        if np.all(factors == 1):
+    factor, low, high, original = rope_scaling_from(metadata) or (
+        round(float(factors.max(initial=0)), 3),
+        _LOW,
+        _HIGH,
+        _ORIGINAL,
+    )
+    if factors.shape == (head_dim // 2,) and factor > 0 and high > low:
+        if np.all(factors == 1) and SCALING_KEY not in metadata:
             return None
-        expected = rope_factors(factor, _LOW, _HIGH, _ORIGINAL, head_dim, theta)
+        expected = rope_factors(factor, low, high, original, head_dim, theta)
         if np.allclose(factors, expected, rtol=1e-4, atol=0):
             names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            return dict(zip(names, (factor, _LOW, _HIGH, _ORIGINAL), strict=True))
+            return dict(zip(names, (factor, low, high, original), strict=True))
     raise UserError(
-        f"{origin}: rope_freqs.weight is not Llama 3's scaling (low {_LOW:g}, high {_HIGH:g}, original {_ORIGINAL}); "
+        f"{origin}: rope_freqs.weight is not Llama 3's scaling (low {low:g}, high {high:g}, original {original}); "
         "import the model from its Hugging Face directory"
     )
 

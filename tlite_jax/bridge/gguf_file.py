@@ -25,7 +25,9 @@ _STRING, _ARRAY = 8, 9
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
-class _Tensor(NamedTuple):
+class TensorEntry(NamedTuple):
+    """A tensor in the header."""
+
     name: str
     shape: tuple[int, ...]  # slowest dim first, as numpy's
     kind: Any  # gguf.GGMLQuantizationType
@@ -45,7 +47,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header = _Header(path, file, size)
+            header = Header(path, file, size)
             metadata, tensors, begin = header.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -57,7 +59,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     return metadata, stored
 
 
-def _read(path: Path, begin: int, tensor: _Tensor) -> np.ndarray:
+def _read(path: Path, begin: int, tensor: TensorEntry) -> np.ndarray:
     from gguf import dequantize, quant_shape_to_byte_shape
 
     if tensor.num_bytes == 0:
@@ -72,14 +74,14 @@ def _read(path: Path, begin: int, tensor: _Tensor) -> np.ndarray:
         raise UserError(f"{path}: {tensor.name} is {tensor.kind.name}, which gguf cannot undo") from error
 
 
-class _Header:
+class Header:
     """One pass over the header that reads nothing longer than the file."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
         self.position = self.items = 0
 
-    def read(self) -> tuple[dict[str, Any], list[_Tensor], int]:
+    def read(self) -> tuple[dict[str, Any], list[TensorEntry], int]:
         """Returns metadata, tensors and where their data begins."""
         if self.size < 24 or self.take(4) != _MAGIC:
             raise UserError(f"{self.path}: not a GGUF file")
@@ -100,7 +102,7 @@ class _Header:
         self.check_tensors(tensors, begin)
         return metadata, tensors, begin
 
-    def check_tensors(self, tensors: list[_Tensor], begin: int) -> None:
+    def check_tensors(self, tensors: list[TensorEntry], begin: int) -> None:
         """They have different names, lie in the file and do not overlap."""
         if len({tensor.name for tensor in tensors}) < len(tensors):
             self.fail("a tensor is listed twice")
@@ -128,7 +130,7 @@ class _Header:
             self.fail(f"arrays of type {element} are not known")
         return list(self.unpack(f"{length}{_SCALARS[element]}"))
 
-    def tensor(self) -> _Tensor:
+    def tensor(self) -> TensorEntry:
         """A tensor's entry."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -144,7 +146,7 @@ class _Header:
             self.fail(f"tensor {name!r} has type {code}, which is not known")
         if dims[0] % block:
             self.fail(f"tensor {name!r} has rows of {dims[0]}, not a multiple of {block}")
-        return _Tensor(name, tuple(reversed(dims)), kind, offset, math.prod(dims) // block * block_bytes)
+        return TensorEntry(name, tuple(reversed(dims)), kind, offset, math.prod(dims) // block * block_bytes)
 
     def string(self) -> str:
         """A length and as many bytes of UTF-8."""

@@ -29,7 +29,7 @@ from tlite_jax.bridge.files import contained, new_directory, parse_json, read_js
 from tlite_jax.bridge.hf_config import hf_config, model_config_from_hf
 from tlite_jax.bridge.names import slots
 from tlite_jax.bridge.safetensors_io import StoredTensor
-from tlite_jax.bridge.tokenizer import CARRIED, GENERATION, TOKEN_IDS, TOKENIZER, check_vocabulary, read_tokenizer
+from tlite_jax.bridge.tokenizer import GENERATION, TOKEN_IDS, TOKENIZER, check_vocabulary, read_files, read_tokenizer
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError, require
 
@@ -46,7 +46,7 @@ def import_hf(source: Path, report: Report = no_report) -> Imported:
 
     Args:
       source: a directory, or a .safetensors or .bin file in one.
-      report: called with (tensors read, tensors in all).
+      report: called with (bytes read, bytes in all).
 
     Raises:
       UserError: another architecture; missing, extra or misshapen tensors; files that are damaged or lead elsewhere.
@@ -120,7 +120,7 @@ def export_hf(
       weights_dtype: the dtype to write in.
       tensor_dtypes: Hugging Face names of tensors to write in another dtype.
       max_shard_bytes: of tensor data in one file.
-      report: called with (tensors written, tensors in all).
+      report: called with (bytes written, bytes in all).
 
     Raises:
       UserError: the destination is occupied or cannot be written; values do not fit float16; the tokenizer has more
@@ -129,7 +129,7 @@ def export_hf(
     tensors = outgoing(params, model, weights_dtype, tensor_dtypes)
     files = {}
     if tokenizer_dir is not None:
-        files = {name: (tokenizer_dir / name).read_bytes() for name in CARRIED if (tokenizer_dir / name).is_file()}
+        files = read_files(tokenizer_dir)
         check_vocabulary(files, model, str(tokenizer_dir))
     generation = parse_json(files.get(GENERATION, b"{}"), GENERATION)
     files[GENERATION] = (json.dumps(generation, indent=2, ensure_ascii=False) + "\n").encode()

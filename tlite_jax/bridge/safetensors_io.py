@@ -148,13 +148,15 @@ def write_directory(
       directory: exists; its caller makes it appear whole (`files.new_directory`).
       tensors: what to write, in order.
       max_shard_bytes: of tensor data in one file.
-      report: called with (tensors written, tensors in all).
+      report: called with (bytes written, bytes in all).
     """
     shards = plan_shards(tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
+    done, total = 0, sum(tensor.nbytes for tensor in tensors)
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard, partial(_report_all, report, len(weight_map), len(tensors)))
+        _write_file(directory / name, shard, partial(_report_all, report, done, total))
+        done += sum(tensor.nbytes for tensor in shard)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         metadata = {
@@ -226,8 +228,8 @@ def _read(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> n
     return mapped.view(np.ndarray).view(dtype).reshape(shape)
 
 
-def _report_all(report: Callable[[int, int], None], before: int, total: int, count: int) -> None:
-    report(before + count, total)
+def _report_all(report: Callable[[int, int], None], before: int, total: int, written: int) -> None:
+    report(before + written, total)
 
 
 def _write_file(path: Path, tensors: Sequence[OutgoingTensor], report: Callable[[int], None]) -> None:
@@ -246,9 +248,11 @@ def _write_file(path: Path, tensors: Sequence[OutgoingTensor], report: Callable[
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for count, tensor in enumerate(ordered, start=1):
+        written = 0
+        for tensor in ordered:
             array = np.ascontiguousarray(tensor.read())
             assert array.shape == tensor.shape, f"{tensor.name}: {array.shape} instead of {tensor.shape}"
             assert array.dtype == tensor.dtype, f"{tensor.name}: {array.dtype} instead of {tensor.dtype}"
             file.write(array.reshape(-1).view(np.uint8).data)
-            report(count)
+            written += tensor.nbytes
+            report(written)

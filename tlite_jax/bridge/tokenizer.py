@@ -16,11 +16,16 @@ _SLOW = ("tokenizer.model", "vocab.json", "merges.txt")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # GGUF's token types (llama.cpp: llama_token_type)
-_CONTROL, _USER_DEFINED = 3, 4
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+# our name of a token -> its key tokenizer.ggml.KEY_token_id; the first four are settings of Hugging Face too
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+_SETTINGS = ("bos", "eos", "unk", "pad")
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# pre-tokenizers that tokenizers' pipelines reproduce, under llama.cpp's names
+PIPELINES = ("llama-bpe", "smollm", "gpt-2")
 _PRE_TOKENIZERS = {
     "gpt-2": "gpt-2",
     "smollm": "smollm",
@@ -62,6 +67,11 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any]) -> dict[str, byte
     return files
 
 
+def read_files(directory: Path) -> dict[str, bytes]:
+    """The tokenizer files of a run, which are ours, by name; none when the directory is absent."""
+    return {name: (directory / name).read_bytes() for name in CARRIED if (directory / name).is_file()}
+
+
 def portable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json that transformers 4 and 5 both load, using tokenizer.json as it is written."""
     dropped = ("auto_map", "backend", "is_local", "local_files_only", "tokenizer_file", "name_or_path")
@@ -78,18 +88,44 @@ def check_vocabulary(files: Mapping[str, bytes], model: ModelConfig, origin: str
     """Raises UserError when tokenizer.json has an id that the model has no embedding for."""
     if TOKENIZER not in files:
         return
-    import tokenizers
-
-    try:
-        vocabulary = tokenizers.Tokenizer.from_buffer(files[TOKENIZER]).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{origin}: tokenizer.json cannot be read: {str(error).splitlines()[0]}") from error
+    vocabulary = load_tokenizer(files[TOKENIZER], origin).get_vocab(with_added_tokens=True)
     largest = max(vocabulary.values(), default=-1)
     if largest >= model.vocab_size:
         raise UserError(
             f"{origin}: the tokenizer's ids reach {largest}, the model's vocabulary has {model.vocab_size}; "
             "they belong to different models"
         )
+
+
+def load_tokenizer(content: bytes, origin: str) -> Any:
+    """A tokenizers.Tokenizer from the bytes of a tokenizer.json.
+
+    Raises:
+      UserError: it is not one.
+    """
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{origin}: tokenizer.json cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def padding_token(index: int) -> str:
+    """The name under which llama.cpp's converter lists an id that the tokenizer lacks."""
+    return f"[PAD{index}]"
+
+
+def pre_tokenizer_of(pre: str) -> Any:
+    """The pre-tokenizer of `tokenizers` that splits as llama.cpp's of this name, one of PIPELINES."""
+    from tokenizers import Regex, pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")
+    if pre == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    if pre == "llama-bpe":
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"), byte_level])
+    return byte_level
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: str) -> dict[str, bytes]:
@@ -107,36 +143,66 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: str) -> dict[str, b
         )
     if pre not in _PRE_TOKENIZERS:
         raise UserError(f"{origin}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}")
-    tokens = _strings(metadata, "tokens", origin)
-    merges = [_pair(merge, origin) for merge in _strings(metadata, "merges", origin)]
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    _check_gguf(tokens, vocabulary, merges, types, origin)
-    ids = {
-        name: metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("eot", "eot"))
-    }
-    for name, index in ids.items():
-        if index is not None and not (isinstance(index, int) and 0 <= index < len(tokens)):
-            raise UserError(f"{origin}: {name} token id {index!r} is not one of {len(tokens)} tokens")
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", _PRE_TOKENIZERS[pre] == "llama-bpe")
-    bos = (tokens[ids["bos"]], ids["bos"]) if add_bos and ids["bos"] is not None else None
-    special = {name: tokens[index] for name, index in ids.items() if index is not None and name != "eot"}
-    settings = {f"{name}_token": token for name, token in special.items()}
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        settings["chat_template"] = template
-    if isinstance(length := metadata.get("llama.context_length"), int):
+    tokens, types, merges = _vocabulary(metadata, origin)
+    ids = _named_ids(metadata, len(tokens), origin)
+    frame = []
+    for name, by_default in (("bos", _PRE_TOKENIZERS[pre] == "llama-bpe"), ("eos", False)):
+        index = ids[name] if metadata.get(f"tokenizer.ggml.add_{name}_token", by_default) else None
+        frame.append(None if index is None else (tokens[index], index))
+    special = {name: tokens[index] for name, index in ids.items() if index is not None and name in _SETTINGS}
+    settings: dict[str, Any] = {f"{name}_token": token for name, token in special.items()}
+    settings |= _chat_templates(metadata)
+    if type(length := metadata.get("llama.context_length")) is int:
         settings["model_max_length"] = length
     settings["clean_up_tokenization_spaces"] = False
+    named = set(special.values())
+    types = [CONTROL if token in named else kind for token, kind in zip(tokens, types, strict=True)]
+    try:
+        content = _byte_level_bpe(_PRE_TOKENIZERS[pre], tokens, types, merges, *frame)
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{origin}: its tokens and merges make no tokenizer: {str(error).splitlines()[0]}") from error
     return {
-        TOKENIZER: _byte_level_bpe(_PRE_TOKENIZERS[pre], tokens, types, vocabulary, merges, bos, special.values()),
+        TOKENIZER: content,
         TOKENIZER_CONFIG: _dump(portable_settings(settings)),
         GENERATION: _dump(_generation(ids)),
     }
 
 
+def _vocabulary(metadata: Mapping[str, Any], origin: str) -> tuple[list[str], list[int], list[tuple[str, str]]]:
+    """Tokens, their types and the merges, agreeing with one another."""
+    tokens = _strings(metadata, "tokens", origin)
+    merges = []
+    if "tokenizer.ggml.merges" in metadata:
+        merges = [_pair(merge, origin) for merge in _strings(metadata, "merges", origin)]
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if not isinstance(types, list) or not all(type(kind) is int for kind in types):
+        raise UserError(f"{origin}: tokenizer.ggml.token_type is not a list of whole numbers")
+    _check_gguf(tokens, merges, types, origin)
+    return tokens, types, merges
+
+
+def _named_ids(metadata: Mapping[str, Any], num_tokens: int, origin: str) -> dict[str, int | None]:
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
+    for name, index in ids.items():
+        if index is not None and not (type(index) is int and 0 <= index < num_tokens):
+            raise UserError(f"{origin}: {name} token id {index!r} is not one of {num_tokens} tokens")
+    return ids
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json's chat_template: a text, or a list when there are several."""
+    template, names = metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.chat_templates")
+    named = {"default": template}
+    if isinstance(names, list):
+        named |= {name: metadata.get(f"tokenizer.chat_template.{name}") for name in names if isinstance(name, str)}
+    named = {name: text for name, text in named.items() if isinstance(text, str)}
+    if named.keys() <= {"default"}:
+        return {"chat_template": named["default"]} if named else {}
+    return {"chat_template": [{"name": name, "template": text} for name, text in named.items()]}
+
+
 def _generation(ids: Mapping[str, int | None]) -> dict[str, Any]:
-    ends = [index for index in dict.fromkeys((ids["eos"], ids["eot"])) if index is not None]
+    ends = [index for index in dict.fromkeys((ids["eos"], ids["eot"], ids["eom"])) if index is not None]
     values = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else ids["eos"]}
     values["pad_token_id"] = ids["pad"]
     return {"_from_model_config": True, **{name: value for name, value in values.items() if value is not None}}
@@ -146,50 +212,42 @@ def _byte_level_bpe(
     pre: str,
     tokens: Sequence[str],
     types: Sequence[int],
-    vocabulary: dict[str, int],
     merges: list[tuple[str, str]],
     bos: tuple[str, int] | None,
-    named: Any,
+    eos: tuple[str, int] | None,
 ) -> bytes:
     """A tokenizer.json; the pipelines are those that the models' publishers ship."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")
-    steps: list[Any] = [byte_level]
-    if pre == "smollm":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    elif pre == "llama-bpe":
-        steps.insert(0, pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"))
+    unused = {padding_token(index) for index, kind in enumerate(types) if kind == UNUSED}
+    vocabulary = {token: index for index, token in enumerate(tokens) if token not in unused}
     # llama-bpe: a piece that is a token is that token, whatever the merges say.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else byte_level
+    tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    if bos is not None:
-        template = processors.TemplateProcessing(
-            single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
-        )
+    if bos or eos:
+        ends = [token for token in (bos, eos) if token is not None]
+        first = [*([f"{bos[0]}"] if bos else []), "$A", *([f"{eos[0]}"] if eos else [])]
+        second = [part.replace("$A", "$B") + ":1" for part in first]
+        template = processors.TemplateProcessing(single=first, pair=[*first, *second], special_tokens=ends)
         tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, template])
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL or token in set(named)]
-    user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined if token not in special])
+    kinds = list(zip(tokens, types, strict=True))
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == CONTROL]
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == USER_DEFINED])
     return tokenizer.to_str(pretty=True).encode()
 
 
-def _check_gguf(
-    tokens: Sequence[str],
-    vocabulary: Mapping[str, int],
-    merges: Sequence[tuple[str, str]],
-    types: Sequence[int],
-    origin: str,
-) -> None:
+def _check_gguf(tokens: Sequence[str], merges: Sequence[tuple[str, str]], types: Sequence[int], origin: str) -> None:
+    vocabulary = set(tokens)
     if len(vocabulary) != len(tokens):
         raise UserError(f"{origin}: {len(tokens) - len(vocabulary)} tokens are listed twice; the file is damaged")
     if len(types) != len(tokens):
         raise UserError(f"{origin}: {len(tokens)} tokens and {len(types)} token types; the file is damaged")
     for merge in merges:
-        if not {*merge, "".join(merge)} <= vocabulary.keys():
+        if not {*merge, "".join(merge)} <= vocabulary:
             raise UserError(f"{origin}: merge {' '.join(merge)!r} has parts that are not tokens; the file is damaged")
 
 
