@@ -121,13 +121,14 @@ def types_in_brief(tensors: Iterable[tuple[str, str]]) -> dict[str, str]:
     }
 
 
-def llama_quantize(source: Path, target: Path, kind: str) -> Path:
-    """llama.cpp's own quantiser, as `llama-quantize SOURCE TARGET KIND` calls it."""
+def llama_quantize(source: Path, target: Path, kind: str, *, requantize: bool = False) -> Path:
+    """llama.cpp's own quantiser, as `llama-quantize [--allow-requantize] SOURCE TARGET KIND` calls it."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[kind].code
     params.nthread = 2
+    params.allow_requantize = requantize
     status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
     assert status == 0, f"llama_model_quantize to {kind} failed with {status}"
     return target

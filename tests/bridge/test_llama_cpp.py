@@ -4,18 +4,33 @@ Needs llama-cpp-python, and with TLITE_SMOLLM2_GGUF a real model as well. With T
 that run everywhere compare with.
 """
 
+import base64
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from launch.export import export_gguf_files
+from launch.import_ import import_model
 from tests.bridge import llama_cpp_reference as reference
+from tests.bridge.tiny import TEXTS, train_tokenizer
+from tlite_jax.bridge import gguf_file
 from tlite_jax.bridge.gguf import import_gguf
+from tlite_jax.bridge.gguf_export import export_gguf
+from tlite_jax.bridge.gguf_metadata import ReleaseFacts
+from tlite_jax.bridge.gguf_tokenizer import PROBES, tokenizer_to_gguf
 from tlite_jax.bridge.gguf_types import FILE_TYPES
+from tlite_jax.bridge.source import ParamsSource
+from tlite_jax.bridge.tokenizer import pre_tokenizer_of, read_files, tokenizer_from_gguf
 from tlite_jax.config import ModelConfig
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make test-llama-cpp")
@@ -86,3 +101,111 @@ def test_bytes_are_llama_cpps_for_strange_weights(tmp_path: Path) -> None:
 def test_bytes_are_llama_cpps_for_smollm2(tmp_path: Path) -> None:
     imported = import_gguf(Path(str(SMOLLM2)))
     assert len(list(compared(imported.params, imported.model, tmp_path))) == len(FILE_TYPES)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FILE_TYPES if kind not in ROUNDINGS])
+def test_quantised_weights_are_undone_as_llama_cpp_undoes_them(kind: str, tmp_path: Path) -> None:
+    model = reference.made_model(num_hidden_layers=8)
+    source = reference.export(reference.made_params(model), model, tmp_path / "source.gguf", kind)
+    _, ours = gguf_file.read(source)
+    undone = reference.llama_quantize(source, tmp_path / "undone.gguf", "F32", requantize=True)
+    _, theirs = gguf_file.read(undone)
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert np.array_equal(np.asarray(ours[name].read(), np.float32), tensor.read()), name
+
+
+def texts() -> list[str]:
+    """Russian, English, code, emoji, whitespace, and any characters whatever."""
+    result = [*TEXTS, *PROBES, "\n".join(TEXTS)]
+    for file in sorted((resources.files("tlite_jax") / "data" / "sample").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".jsonl"):
+            result += [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    random = np.random.default_rng(5)
+    pools = [
+        " \t\n\r",
+        "'sStTlLrReEvVdDmM ",
+        "0123456789½²٣Ⅷ .,",
+        "abcABCяЯёЁщ ",
+        "!?#$%()[]{}<>|/\\«»—…№ ",
+        "😀👍🏽❤️日本한국 \u200d\u0301",
+    ]
+    for _ in range(2000):
+        pool = "".join(pools[index] for index in random.integers(0, len(pools), 3))
+        result.append("".join(pool[index] for index in random.integers(0, len(pool), 30)))
+    return result
+
+
+def llama3_tokenizer(directory: Path) -> Path:
+    """Llama 3's tokenizer as its publisher ships it: from `llama-models`, under Llama 3's licence, never kept here."""
+    spec = importlib.util.find_spec("llama_models")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llama-models is not installed: make test-llama-cpp")
+    vocabulary = Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+    names += ["finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
+    names += [f"reserved_special_token_{index}" for index in range(2, 247)]
+
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(path: str) -> dict[bytes, int]:
+            lines = (line.split() for line in Path(path).read_bytes().splitlines())
+            return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+    backend = Converter(str(vocabulary), extra_special_tokens=[f"<|{name}|>" for name in names]).converted()
+    bos = ("<|begin_of_text|>", 128000)
+    template = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    backend.post_processor = processors.Sequence([backend.post_processor, template])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos[0], eos_token="<|end_of_text|>")
+    fast.save_pretrained(directory)
+    return directory
+
+
+def smollm2_tokenizer(directory: Path) -> Path:
+    if not SMOLLM2:
+        pytest.skip("TLITE_SMOLLM2_GGUF names no file")
+    metadata, _ = gguf_file.read(Path(SMOLLM2))
+    for name, content in tokenizer_from_gguf(metadata, SMOLLM2).items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def tiny_tokenizer(directory: Path) -> Path:
+    backend = train_tokenizer(pre_tokenizer_of("gpt-2"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("make", "pre", "vocab_size"),
+    [(llama3_tokenizer, "llama-bpe", 128256), (smollm2_tokenizer, "smollm", 49152), (tiny_tokenizer, "gpt-2", 700)],
+)
+def test_token_ids_are_hugging_faces(make: Any, pre: str, vocab_size: int, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    files = read_files(make(tmp_path / "tokenizer"))
+    tokenizer = tokenizer_to_gguf(files, vocab_size, "tokenizer")
+    assert tokenizer["tokenizer.ggml.pre"] == pre
+    model = reference.made_model(num_hidden_layers=1, vocab_size=vocab_size, hidden_size=32)
+    source = ParamsSource(reference.made_params(model), model)
+    export_gguf(source, model, tmp_path / "x.gguf", "Q8_0", tokenizer, ReleaseFacts("x"))
+    theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
+    ours = Tokenizer.from_buffer(files["tokenizer.json"])
+    special = [token.content for token in ours.get_added_tokens_decoder().values()][:20]
+    cases = [*texts(), *(f"да{token}нет {token}\n{token}{token} 1" for token in special)]
+    count = 0
+    for text in cases:
+        expected = ours.encode(text).ids
+        assert theirs.tokenize(text.encode(), add_bos=True, special=True) == expected, repr(text)
+        count += len(expected)
+    print(f"{pre}: {count} ids of {len(cases)} texts are the same")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="TLITE_SMOLLM2_GGUF names no file")
+def test_llama_cpp_generates_from_our_files(tmp_path: Path) -> None:
+    import_model(str(SMOLLM2), tmp_path / "run")
+    facts = ReleaseFacts("smol")
+    for path in export_gguf_files(tmp_path / "run", tmp_path / "out", ["F16", "Q8_0", "Q4_K_M"], facts):
+        model = llama_cpp.Llama(str(path), n_ctx=256, verbose=False)
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        answer = model.create_chat_completion(question, temperature=0, max_tokens=20)
+        assert "Paris" in answer["choices"][0]["message"]["content"], path.name
