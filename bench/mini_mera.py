@@ -85,14 +85,14 @@ def mathlogicqa(rng: random.Random, number: int) -> Document:
 
 
 def multiq(rng: random.Random, number: int) -> Document:
-    which = rng.randrange(len(PLACES))
+    who, river, place = rng.choice(PEOPLE), rng.choice(RIVERS), rng.choice(PLACES)
     inputs = {
-        "question": f"В каком городе живёт {PEOPLE[which]}?",
-        "support_text": f"{PEOPLE[which]} живёт на берегу реки {RIVERS[which]}.",
-        "text": f"Город {PLACES[which]} стоит на реке {RIVERS[which]}.",
+        "question": f"В каком городе живёт {who}?",
+        "support_text": f"{who} живёт на берегу реки {river}.",
+        "text": f"Город {place} стоит на реке {river}.",
     }
     instruction = "Текст 1: {support_text}\nТекст 2: {text}\nВопрос: {question}\nОтвет:"
-    span = {"label": "answer", "length": len(PLACES[which]), "offset": 6, "segment": PLACES[which]}
+    span = {"label": "answer", "length": len(place), "offset": 6, "segment": place}
     return document(instruction, inputs, [span], id=number)
 
 
