@@ -117,12 +117,12 @@ class Bucket:
         """Returns int32 [sequence_length]: 1 for the row's first document, 2 for the next, 0 for padding."""
         length = self.manifest["sequence_length"]
         starts, num_tokens = self._starts(row)
-        marks = np.zeros(length, np.int32)
-        marks[starts - row * length] = 1
         # The document that is under way when the row starts is segment 1, wherever it began.
-        segments = np.cumsum(marks, dtype=np.int32) + 1 - marks[0]
-        segments[num_tokens:] = 0
-        return segments
+        inner = starts - row * length
+        edges = np.concatenate([[0], inner[inner > 0], [num_tokens, length]])
+        segments = np.arange(1, len(edges), dtype=np.int32)
+        segments[-1] = 0
+        return np.repeat(segments, np.diff(edges))
 
     def held_out(self) -> HeldOutBucket:
         """Reads the held-out documents, checksums verified."""

@@ -53,19 +53,20 @@ class RowSource:
     def read(self, rows: npt.NDArray[np.int64]) -> HostBatch:
         """Returns int32 [rows, T]: tokens, targets (-1: not scored) and, with document masking, segment_ids."""
         shape = len(rows), self._plan.sequence_length
-        tokens = np.empty(shape, TOKEN)
+        tokens, targets = np.empty(shape, TOKEN), np.empty(shape, np.int32)
+        targets[:, -1] = -1
         segments = np.empty(shape, np.int32) if self._document_masking else None
         buckets, _, places = self._plan.locate(rows)
         for i, (number, place) in enumerate(zip(buckets.tolist(), places.tolist(), strict=True)):
             bucket = self._buckets[number]
-            bucket.read_into(place, tokens[i])
+            # One row after another, while the processor's cache holds it.
+            row = tokens[i]
+            bucket.read_into(place, row)
+            # A token's highest bit, which says that it is no target, makes it negative as int32.
+            np.maximum(row.view(np.int32)[1:], -1, out=targets[i, :-1])
+            np.bitwise_and(row, TOKEN_BITS, out=row)
             if segments is not None:
                 segments[i] = self._segment_ids(bucket, place)
-        targets = np.empty(shape, np.int32)
-        # A token's highest bit, which says that it is no target, makes it negative as int32.
-        np.maximum(tokens.view(np.int32)[:, 1:], -1, out=targets[:, :-1])
-        targets[:, -1] = -1
-        tokens &= TOKEN_BITS
         result = {"tokens": tokens.view(np.int32), "targets": targets}
         return result if segments is None else {**result, "segment_ids": segments}
 
@@ -129,6 +130,13 @@ def batches(
     return _iterate(source, sharding, shape, offsets, start_row)
 
 
+def host_batches(source: BatchSource) -> Iterator[HostBatch]:
+    """All batches of a source, some of them read ahead."""
+    if len(source):
+        options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
+        yield from grain.MapDataset.source(source).to_iter_dataset(options)
+
+
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
     """The rows of a [B, T] array that this process's devices hold, each once, ascending: int64 [local rows]."""
     indices = sharding.addressable_devices_indices_map(shape).values()
@@ -143,10 +151,8 @@ def _iterate(
     offsets: npt.NDArray[np.int64],
     start_row: int,
 ) -> Iterator[dict[str, jax.Array]]:
-    if len(source):
-        options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
-        for local in grain.MapDataset.source(source).to_iter_dataset(options):
-            yield {name: _to_global(values, sharding, shape, offsets) for name, values in local.items()}
+    for local in host_batches(source):
+        yield {name: _to_global(values, sharding, shape, offsets) for name, values in local.items()}
     raise UserError(
         f"the mixture has {len(source._rows)} rows: no whole batch of {shape[0]} is left after row "
         f"{start_row + len(source) * shape[0]}; enlarge its budget or lower train.steps"
