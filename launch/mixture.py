@@ -7,72 +7,87 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tlite_jax.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from launch.mixture_parts.cost import Cost
     from tlite_jax.config import RunConfig
-    from tlite_jax.data.mixture import Plan, Usage
+    from tlite_jax.data.mixture import BucketInfo, Plan
 
-# Tables are cut to a terminal's width; where there is none, nothing is cut.
-WIDTH_OF_A_FILE = 160
+HARDWARE = Path(__file__).resolve().parent.parent / "configs" / "hardware"
 
 
 def main(
-    config: Annotated[Path, typer.Argument(help="A run's YAML; its buckets are prepared.")],
+    config: Annotated[Path, typer.Argument(help="A run's YAML; its buckets are prepared, or declared in it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, every bucket included.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Buckets and values of a label to show, the most used first.")] = 20,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every bucket and value.")] = False,
+    declared: Annotated[bool, typer.Option("--declared", help="Use the declared sizes though there are buckets.")] = (
+        False
+    ),
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Of one device; with --devices or --hardware: days.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="How many.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars for a device and hour.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="A name in configs/hardware, or a YAML: devices of a node and price.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --hardware.")] = 1,
 ) -> None:
-    """Say what a mixture will consume: rows, tokens, epochs and repeats of each bucket. Trains and writes nothing.
+    """Say what a mixture will consume: tokens, epochs and repeats of each label and bucket. Trains and writes nothing.
 
-    Example: python -m launch mixture configs/tiny.yaml train.steps=2000
+    Example: python -m launch mixture configs/tlite_8b_stage1.yaml --tokens-per-second 3000 --devices 96 --price 2.25
     """
+    from launch.mixture_parts.cost import make_cost
+    from launch.mixture_parts.table import print_tables
     from tlite_jax.config_files import load_config
-    from tlite_jax.data.buckets import BucketStore
-    from tlite_jax.data.mixture import make_plan, what_if
+    from tlite_jax.data.mixture import make_plan
 
     run = load_config(config, overrides or ())
+    cost = make_cost(tokens_per_second, devices, price, hardware, nodes, HARDWARE)
     data, train = run.data, run.train
-    infos = BucketStore.open(data.buckets).infos()
+    infos = bucket_infos(run, declared=declared)
     rows = None if train.steps is None else train.steps * train.batch_size
     plan = make_plan(data.mixture, infos, seed=run.seed, sequence_length=data.sequence_length, rows=rows)
-    usages = what_if(plan, infos)
     if as_json:
-        print(json.dumps(_values(run, plan, usages), ensure_ascii=False, indent=1))
+        print(json.dumps(_values(run, plan, infos, cost), ensure_ascii=False, indent=1))
     else:
-        _print(run, plan, usages)
+        print_tables(run, plan, infos, cost, top=None if show_all else top)
 
 
-def _values(run: "RunConfig", plan: "Plan", usages: "Sequence[Usage]") -> dict[str, object]:
+def bucket_infos(run: "RunConfig", *, declared: bool) -> "Sequence[BucketInfo]":
+    """The buckets that a config names: prepared ones, else those that it declares."""
+    from tlite_jax.data.buckets import BucketStore, read_store_manifest
+    from tlite_jax.data.declared import declared_infos
+
+    data = run.data
+    if declared and not data.declared:
+        raise UserError("--declared: this config has no data.declared")
+    if data.declared and (declared or read_store_manifest(data.buckets) is None):
+        return declared_infos(data.declared, data.sequence_length)
+    return BucketStore.open(data.buckets).infos()
+
+
+def _values(run: "RunConfig", plan: "Plan", infos: "Sequence[BucketInfo]", cost: "Cost | None") -> dict[str, object]:
+    from tlite_jax.data.usage import label_usages, target_usages, warnings, what_if
+
+    mixture = run.data.mixture
+    usages = what_if(plan, infos, grouped=mixture.groups is not None)
+    targets = target_usages(plan, mixture)
+    tokens = plan.total_rows * plan.sequence_length
     return {
         "plan_hash": plan.hash,
         "rows": plan.total_rows,
-        "tokens": plan.total_rows * plan.sequence_length,
+        "tokens": tokens,
         "batches": plan.total_rows // run.train.batch_size,
+        "days": cost and cost.days(tokens),
+        "dollars": cost and cost.dollars(tokens),
+        "warnings": list(warnings(usages, targets)),
+        "targets": [asdict(target) for target in targets],
+        "labels": [asdict(label) for label in label_usages(usages)],
         "buckets": [asdict(usage) for usage in usages],
     }
-
-
-def _print(run: "RunConfig", plan: "Plan", usages: "Sequence[Usage]") -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("bucket", "labels", "group"):
-        table.add_column(name, overflow="fold")
-    for name in ("rows", "used", "tokens", "epochs", "repeats", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for u in usages:
-        labels = ", ".join(f"{label}: {value}" for label, value in u.labels.items())
-        group = "unused" if u.group is None else str(u.group + 1)
-        amounts = (f"{u.rows:,}", f"{u.consumed_rows:,}", f"{u.consumed_tokens:,}")
-        table.add_row(u.name, labels, group, *amounts, f"{u.epochs:.3f}", str(u.max_repeats), f"{u.share:.2%}")
-    table.add_section()
-    tokens = plan.total_rows * plan.sequence_length
-    table.add_row("total", "", "", f"{sum(u.rows for u in usages):,}", f"{plan.total_rows:,}", f"{tokens:,}")
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH_OF_A_FILE
-    console.print(table)
-    batches = plan.total_rows // run.train.batch_size
-    console.print(f"{batches:,} batches of {run.train.batch_size}; plan {plan.hash}", highlight=False)

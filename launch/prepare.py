@@ -73,7 +73,7 @@ def _print(report: "PrepareReport") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from launch.mixture import WIDTH_OF_A_FILE
+    from launch.mixture_parts.table import WIDTH_OF_A_FILE
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ("bucket", "documents", "tokens", "rows", "padding", "fill", "held out", "exact dup.", "near dup.")

@@ -13,7 +13,7 @@ from tests import tiny
 from tlite_jax import checkpoint as checkpoints
 from tlite_jax.checkpoint import Checkpoint, Meta, find, load_params, restore_optimizer, restore_params, save_model
 from tlite_jax.config import CheckpointConfig, ModelConfig
-from tlite_jax.data.order import Segment
+from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.optimizer import AdamState

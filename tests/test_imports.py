@@ -81,7 +81,7 @@ ARROWS = {
     "tlite_jax.checkpoint": [
         "tlite_jax.config",
         "tlite_jax.config_files",
-        "tlite_jax.data.order",
+        "tlite_jax.data.segments",
         "tlite_jax.errors",
         "tlite_jax.model",
         "tlite_jax.optimizer",

@@ -23,7 +23,7 @@ from pydantic import Field
 from tlite_jax.config import CheckpointConfig, ModelConfig, Section
 from tlite_jax.config.base import NonNegative
 from tlite_jax.config_files import parse
-from tlite_jax.data.order import Segment
+from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.optimizer import AdamState

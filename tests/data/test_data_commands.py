@@ -65,3 +65,63 @@ def test_mixture_says_what_will_be_consumed(call: Callable[..., str]) -> None:
         usage["plan_hash"],
     ):
         assert cell in table
+
+
+def test_declared_sizes_need_no_data(call: Callable[..., str]) -> None:
+    declared = json.dumps(
+        [
+            {"labels": {"source": "cc", "language": "ru"}, "tokens": 64_000},
+            {"labels": {"source": "code", "language": "code"}, "tokens": 6_401},
+            {"labels": {"source": "ads", "language": "ru"}, "tokens": 640, "name": "ads"},
+        ]
+    )
+    words = [f"data.declared={declared}", "train.steps=null", "train.batch_size=768"]
+    words.append("data.mixture={tokens: 6_400_000, targets: {language=code: 0.1}, rates: {source=ads: 0.0}}")
+    values = json.loads(call("mixture", *words, "--json"))
+    assert {bucket["name"]: (bucket["rows"], bucket["consumed_rows"]) for bucket in values["buckets"]} == {
+        "cc.ru": (1000, 90_000),
+        "code.code": (101, 10_000),
+        "ads": (10, 0),
+    }
+    table = call("mixture", *words, "--tokens-per-second", "1000", "--devices", "10", "--price", "3", "--top", "1")
+    for line in (
+        "10 devices at 1,000 tokens/s each: 0.01 days, 5 dollars at 3 a device and hour",
+        "warning: 2 buckets are read more than 4 times: code.code (99.0), cc.ru (90.0)",
+        "warning: language=code reaches 10.0% only by repetition: 99.01 passes over it",
+        "warning: 1 bucket is not read at all: ads",
+        "2 more (--all shows them)",
+    ):
+        assert line in table
+    assert "cc.ru" in call("mixture", *words, "--all")
+    with pytest.raises(UserError, match="no finished buckets"):
+        call("mixture")
+    call("prepare")
+    assert "cc.ru" not in call("mixture", words[0])
+    assert "cc.ru" in call("mixture", *words, "--declared")
+    for options, match in (
+        (["--declared"], "has no data.declared"),
+        (["--devices", "3"], "need --tokens-per-second"),
+        (["--tokens-per-second", "3"], "give --devices"),
+        (["--tokens-per-second", "3", "--hardware", "zx81"], "zx81 is not known"),
+        ([f"data.declared={json.dumps(json.loads(declared) * 2)}", "--declared"], r"two buckets are called cc\.ru"),
+    ):
+        with pytest.raises(UserError, match=match):
+            call("mixture", *options)
+
+
+@pytest.mark.parametrize(("stage", "tokens"), [(1, 90e9), (2, 60e9)])
+def test_the_recipes_of_8b_are_planned_without_data(stage: int, tokens: float) -> None:
+    config = Path(__file__).parents[2] / "configs" / f"tlite_8b_stage{stage}.yaml"
+    app = typer.Typer()
+    app.command()(mixture.main)
+    values = json.loads(CliRunner().invoke(app, [str(config), "--json"]).stdout)
+    assert values["tokens"] == pytest.approx(tokens, rel=1e-5)
+    epochs = {bucket["name"]: bucket["epochs"] for bucket in values["buckets"]}
+    if stage == 1:
+        assert values["batches"] == 14_305
+        assert values["targets"][0]["share"] == pytest.approx(0.85, abs=1e-6)
+        assert epochs["fineweb_edu.en"] == pytest.approx(0.3, abs=2e-3)
+    else:
+        assert values["batches"] == 9_536
+        assert epochs["books.ru"] == pytest.approx(3, abs=1e-4)
+        assert epochs["cc.ru.ads"] < 0.05 < epochs["cc.ru.news"] < 0.2

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tlite_jax.config import MixtureConfig, MixtureGroup
-from tlite_jax.data.mixture import BucketInfo, Plan, apportion, exact, make_plan, what_if
+from tlite_jax.data.mixture import BucketInfo, Plan, make_plan
+from tlite_jax.data.quantities import apportion, exact
+from tlite_jax.data.usage import what_if
 from tlite_jax.errors import UserError
 
 BUCKETS = (

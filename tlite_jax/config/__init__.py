@@ -8,6 +8,8 @@ from tlite_jax.config.evaluation import (
     EvaluationConfig,
 )
 from tlite_jax.config.mixture import (
+    BalanceConfig,
+    DeclaredBucket,
     MixtureConfig,
     MixtureGroup,
 )
@@ -33,8 +35,10 @@ from tlite_jax.config.run import (
 )
 
 __all__ = [
+    "BalanceConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DeclaredBucket",
     "EvaluationConfig",
     "ExecutionConfig",
     "HeldOutConfig",

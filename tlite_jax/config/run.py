@@ -21,7 +21,7 @@ from tlite_jax.config.base import (
     digest,
 )
 from tlite_jax.config.evaluation import EvaluationConfig
-from tlite_jax.config.mixture import MixtureConfig
+from tlite_jax.config.mixture import DeclaredBucket, MixtureConfig
 from tlite_jax.config.prepare import PrepareConfig
 
 
@@ -101,6 +101,9 @@ class DataConfig(Section):
     )
     prepare: PrepareConfig | None = Field(default=None, description="null: the buckets are there already")
     mixture: MixtureConfig = MixtureConfig()
+    declared: tuple[DeclaredBucket, ...] = Field(
+        default=(), description="sizes of buckets that are not prepared yet, for `mixture`; training reads real ones"
+    )
 
     @property
     def has_segments(self) -> bool:

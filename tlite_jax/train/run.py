@@ -19,7 +19,8 @@ from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore
 from tlite_jax.data.mixture import make_plan
-from tlite_jax.data.order import Plan, Segment
+from tlite_jax.data.order import Plan
+from tlite_jax.data.segments import Segment
 from tlite_jax.data.tokenize import check_vocabulary, load_tokenizer
 from tlite_jax.errors import UserError
 from tlite_jax.sharding import CONTEXT
