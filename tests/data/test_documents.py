@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from written_texts import ENGLISH, RUSSIAN, make_texts, write_jsonl
 
 from tlite_jax.config import SourceConfig
-from tlite_jax.data import documents
 from tlite_jax.data.documents import BadDocument, Document, Piece, make_shards, read_piece
 from tlite_jax.data.inputs import find_files
 from tlite_jax.errors import UserError
@@ -24,8 +23,8 @@ from tlite_jax.errors import UserError
 TEXTS = make_texts(RUSSIAN, 40, 0) + make_texts(ENGLISH, 40, 1)
 
 
-def read(source: SourceConfig, limit: int = 100_000) -> list[Document | BadDocument]:
-    shards = make_shards(source, find_files(source))
+def read(source: SourceConfig, limit: int = 100_000, shard_bytes: int = 1 << 25) -> list[Document | BadDocument]:
+    shards = make_shards(source, find_files(source), shard_bytes)
     return [found for shard in shards for piece in shard.pieces for found in read_piece(source, piece, limit)]
 
 
@@ -156,16 +155,15 @@ def test_a_cut_at_any_byte_loses_no_line(tmp_path: Path) -> None:
         assert [getattr(document, "text", "") for part in parts for document in part] == texts
 
 
-def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "SHARD_BYTES", 4000)
+def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text("a" * 900)
     small = source_of(tmp_path / "*.txt")
-    assert [len(shard.pieces) for shard in make_shards(small, find_files(small))] == [4, 4, 2]
+    assert [len(shard.pieces) for shard in make_shards(small, find_files(small), 4000)] == [4, 4, 2]
     large = source_of(write_as("jsonl", tmp_path))
-    shards = make_shards(large, find_files(large))
+    shards = make_shards(large, find_files(large), 4000)
     assert len(shards) > 5
-    assert [document.text for document in read(large)] == TEXTS
+    assert [document.text for document in read(large, shard_bytes=4000)] == TEXTS
 
 
 @pytest.mark.parametrize("suffix", ["zst", "gz"])

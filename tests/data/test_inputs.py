@@ -14,7 +14,6 @@ import zstandard
 from written_texts import RUSSIAN, make_texts, write_jsonl
 
 from tlite_jax.config import SourceConfig
-from tlite_jax.data import documents
 from tlite_jax.data.documents import make_shards, read_piece
 from tlite_jax.data.inputs import find_files
 from tlite_jax.errors import UserError
@@ -27,7 +26,7 @@ def source_of(*paths: str) -> SourceConfig:
 
 
 def texts(source: SourceConfig) -> list[str]:
-    shards = make_shards(source, find_files(source))
+    shards = make_shards(source, find_files(source), 3000)
     return [document.text for shard in shards for piece in shard.pieces for document in read_piece(source, piece, 9999)]
 
 
@@ -65,12 +64,11 @@ def web(stored: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_every_format_is_read_from_any_file_system(memory: str, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "SHARD_BYTES", 3000)
+def test_every_format_is_read_from_any_file_system(memory: str, stored: Path) -> None:
     for place in (memory, f"file://{stored}"):
         source = source_of(f"{place}/*")
         assert [file.path.rsplit("/")[-1] for file in find_files(source)] == ["a.jsonl", "b.jsonl.zst", "c.parquet"]
-        assert len(make_shards(source, find_files(source))) > 4, "plain jsonl is cut, wherever it lies"
+        assert len(make_shards(source, find_files(source), 3000)) > 4, "plain jsonl is cut, wherever it lies"
         assert texts(source) == TEXTS * 3
 
 
@@ -85,7 +83,7 @@ def test_a_file_that_changed_since_it_was_found_is_refused(memory: str, stored: 
     for place in (memory, f"file://{stored}", str(stored)):
         source = source_of(f"{place}/a.jsonl")
         (before,) = find_files(source)
-        shards = make_shards(source, [before])
+        shards = make_shards(source, [before], 3000)
         with fsspec.open(f"{place}/a.jsonl", "wb") as file:
             file.write(b'{"text": "another"}\n')
         (after,) = find_files(source)

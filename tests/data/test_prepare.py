@@ -96,8 +96,9 @@ def test_workers_and_shards_that_were_done_change_no_byte(
     monkeypatch.setattr(write_buckets, "SMALL_TOKENS", 0)
     near = {"near_duplicates": {"threshold": 0.8}}
     results = []
-    for workers in (1, 3):
-        config = run_config(sources, prepare={"num_workers": workers, **near}, buckets=str(tmp_path / f"b{workers}"))
+    for workers, shard_bytes in ((1, 1 << 20), (3, 5000)):
+        todo = {"num_workers": workers, "shard_bytes": shard_bytes, **near}
+        config = run_config(sources, prepare=todo, buckets=str(tmp_path / f"b{workers}"))
         prepare(config, tokenizer_dir)
         results.append(snapshot(config.data.buckets))
     assert results[0] == results[1]
@@ -193,20 +194,19 @@ def test_damage_is_not_taken_for_made_already(sources: list[dict], run_config: B
     assert not prepare(config, tokenizer_dir, force=True).reused
 
 
-def test_bad_documents_are_listed_and_too_many_stop_it(
-    run_config: Build, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tlite_jax.data.documents.SHARD_BYTES", 2000)
+def test_bad_documents_are_listed_and_too_many_stop_it(run_config: Build, tokenizer_dir: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in RU]
     lines[10], lines[90] = b"{oops", b'{"text": "\xff"}'
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
-    strict = run_config([{"name": "a", "paths": [str(path)]}])
+    strict = run_config([{"name": "a", "paths": [str(path)]}], prepare={"shard_bytes": 2000})
     with pytest.raises(UserError, match=r"2 of 120 documents are bad.*quarantine\.jsonl.*max_quarantine_rate"):
         prepare(strict, tokenizer_dir)
     with pytest.raises(UserError, match="no finished buckets"):
         BucketStore.open(strict.data.buckets)
-    config = run_config([{"name": "a", "paths": [str(path)]}], prepare={"max_quarantine_rate": 0.02})
+    config = run_config(
+        [{"name": "a", "paths": [str(path)]}], prepare={"max_quarantine_rate": 0.02, "shard_bytes": 2000}
+    )
     report = prepare(config, tokenizer_dir)
     assert report.quarantined == {"a": {"malformed JSON": 1, "invalid UTF-8": 1}}
     listed = [json.loads(line) for line in (config.data.buckets / "quarantine.jsonl").read_text().splitlines()]

@@ -56,6 +56,9 @@ class PrepareConfig(Section):
     max_document_characters: Positive = 10_000_000
     max_quarantine_rate: Fraction = Field(default=0.01, description="above this share of bad documents it stops")
     num_workers: Positive | None = Field(default=None, description="null: one per core")
+    shard_bytes: Annotated[int, Field(ge=1024)] = Field(
+        default=32 << 20, description="input of one task, as stored; changes no byte of the buckets"
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -20,7 +20,6 @@ from tlite_jax.data.compressed import DamagedError, decompressed
 from tlite_jax.data.inputs import InputFile, open_input
 from tlite_jax.errors import UserError
 
-SHARD_BYTES = 32 << 20
 # A character takes at most 12 bytes in JSON (a pair of \uXXXX escapes); other fields get this much room.
 _BYTES_PER_CHARACTER, _OTHER_FIELDS_BYTES = 12, 1 << 20
 _READ_BYTES = 1 << 20
@@ -79,18 +78,19 @@ class Shard:
     pieces: tuple[Piece, ...]
 
 
-def make_shards(source: SourceConfig, files: Sequence[InputFile]) -> list[Shard]:
-    """Cuts and groups files into shards of about SHARD_BYTES."""
+def make_shards(source: SourceConfig, files: Sequence[InputFile], shard_bytes: int) -> list[Shard]:
+    """Cuts and groups files into shards of about `shard_bytes`."""
     pieces: list[Piece] = []
     for file in files:
-        if file.format == "jsonl" and file.compression is None and file.bytes > SHARD_BYTES:
-            cuts = [*range(0, file.bytes, SHARD_BYTES), file.bytes]
+        can_be_cut = file.format == "jsonl" and file.compression is None and file.ranges
+        if can_be_cut and file.bytes > shard_bytes:
+            cuts = [*range(0, file.bytes, shard_bytes), file.bytes]
             pieces += [Piece(file, start, stop) for start, stop in itertools.pairwise(cuts)]
         else:
             pieces.append(Piece(file))
     shards, group, size = [], list[Piece](), 0
     for piece in pieces:
-        if group and size + piece.bytes > SHARD_BYTES:
+        if group and size + piece.bytes > shard_bytes:
             shards.append(Shard(source, tuple(group)))
             group, size = [], 0
         group.append(piece)

@@ -34,6 +34,7 @@ class InputFile:
       path: a local path or a URL.
       modified_ns: of a local file, 0 behind a URL.
       version: what a remote file system says of the content, empty for a local file.
+      ranges: whether it can be read from anywhere; some web servers send files from the beginning only.
     """
 
     path: str
@@ -42,6 +43,7 @@ class InputFile:
     bytes: int
     modified_ns: int
     version: str = ""
+    ranges: bool = True
 
     def identity(self) -> dict[str, Any]:
         """What the prepare hash knows of the file; its directory may change."""
@@ -82,7 +84,7 @@ def open_input(file: InputFile) -> BinaryIO:
         filesystem, path = _filesystem(file.path)
         info = filesystem.info(path)
         _check_unchanged(file, info["size"], _version(filesystem, path, info))
-        return cast(BinaryIO, filesystem.open(path, "rb", block_size=_BLOCK_BYTES))
+        return cast(BinaryIO, filesystem.open(path, "rb", block_size=_BLOCK_BYTES if file.ranges else 0))
     except UserError:
         raise
     except Exception as error:
@@ -133,8 +135,12 @@ def _remote_files(source: SourceConfig, pattern: str) -> Iterator[InputFile]:
         url = filesystem.unstrip_protocol(path)
         if info.get("size") is None:
             raise UserError(f"source {source.name}: {url} does not tell its size; download it first")
+        form, compression = _form(source, url.split("?")[0])
+        ranges = not url.startswith("http") or bool(info.get("partial"))
+        if form == "parquet" and not ranges:
+            raise UserError(f"source {source.name}: {url} is sent from its beginning only; download it first")
         version = _version(filesystem, path, info)
-        yield InputFile(url, *_form(source, url.split("?")[0]), int(info["size"]), 0, version)
+        yield InputFile(url, form, compression, int(info["size"]), 0, version, ranges)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -47,7 +47,8 @@ class Preparation:
 
     def shards(self) -> list[Shard]:
         """The input cut into tasks, in the order of sources, files and lines."""
-        return [shard for source in self.todo.sources for shard in make_shards(source, self.files[source.name])]
+        size = self.todo.shard_bytes
+        return [shard for source in self.todo.sources for shard in make_shards(source, self.files[source.name], size)]
 
     def settings(self) -> ShardSettings:
         """What every shard needs to know."""
@@ -62,7 +63,7 @@ class Preparation:
 
     def origin(self) -> dict[str, Any]:
         """Everything that the buckets' bytes depend on."""
-        values = self.todo.model_dump(mode="json", exclude={"num_workers", "max_quarantine_rate"})
+        values = self.todo.model_dump(mode="json", exclude={"num_workers", "max_quarantine_rate", "shard_bytes"})
         sources = values.pop("sources")
         for source in sources:
             del source["paths"]
