@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-smollm2 test-llama-cpp lint format types clean
+.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp lint format types clean
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
@@ -20,6 +20,10 @@ test-llama-cpp: $(VENV)/.installed-test ## our GGUF files against llama.cpp itse
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(PIP) llama-cpp-python==0.3.36 llama-models==0.3.0 --no-deps diskcache
 	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
 	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s tests/bridge/test_llama_cpp.py
+
+test-cluster: $(VENV)/.installed-test   ## preparing on Slurm (where sinfo finds one) and on Ray, and 300 kills
+	$(PIP) --editable '.[ray,test]'
+	TLITE_CLUSTER=1 TLITE_KILLS=300 $(BIN)/python -m pytest -s tests/data/test_cluster.py tests/data/test_workers.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
