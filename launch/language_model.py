@@ -1,5 +1,6 @@
 """Opening a model to evaluate or to write with: a run, an imported checkpoint, an HF directory or a GGUF file."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def open_language_model(
     checkpoint = find(source, step)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     params = restore_params(checkpoint, mesh, dtype)
+    options["end_ids"] = _end_ids(checkpoint.tokenizer_dir / "generation_config.json")
     return LanguageModel(params, checkpoint.meta.model, mesh, tokenizer, dtype=dtype, **options)
 
 
@@ -58,6 +60,14 @@ def load_tokenizer(directory: Path) -> Any:
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory.parent} has no tokenizer directory; import the model with its tokenizer")
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def _end_ids(file: Path) -> tuple[int, ...]:
+    """The ids that end a text by a generation_config.json: often several where models chat."""
+    if not file.is_file():
+        return ()
+    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    return tuple(number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int))
 
 
 def _is_foreign(source: Path) -> bool:
@@ -82,5 +92,6 @@ def _open_foreign(source: str, mesh: Any, dtype: str, options: dict[str, Any]) -
         if "tokenizer.json" not in imported.tokenizer:
             raise UserError(f"{source} has no tokenizer; copy the tokenizer's files into it")
         tokenizer = load_tokenizer(Path(scratch) / "tokenizer")
+        options["end_ids"] = _end_ids(Path(scratch) / "tokenizer" / "generation_config.json")
     params = place_params(imported.params, param_specs(imported.model), mesh, dtype)
     return LanguageModel(params, imported.model, mesh, tokenizer, dtype=dtype, **options)

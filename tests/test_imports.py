@@ -32,11 +32,12 @@ ARROWS = {
         "tlite_jax.verification",
     ],
     "tlite_jax.telemetry": ["tlite_jax.config", "tlite_jax.errors"],
-    "tlite_jax.generate": ["tlite_jax.config", "tlite_jax.errors", "tlite_jax.model"],
+    "tlite_jax.generate": ["tlite_jax.config", "tlite_jax.errors", "tlite_jax.model", "tlite_jax.sharding"],
     "tlite_jax.evaluate": [
         "tlite_jax.config",
         "tlite_jax.errors",
         "tlite_jax.data.buckets",
+        "tlite_jax.generate",
         "tlite_jax.loss",
         "tlite_jax.model",
         "tlite_jax.sharding",

@@ -1,25 +1,12 @@
 """Text in, log-likelihoods out: how text is cut into tokens, and whole texts in windows."""
 
-import jax
 import numpy as np
 import pytest
-import transformers
 
-from tests import tiny
-from tlite_jax.config import MeshConfig, ModelConfig
+from tests.evaluate.tiny_language_model import language_model
 from tlite_jax.evaluate.language_model import LanguageModel, rolling_windows
-from tlite_jax.model.decoder import init_params, param_specs
-from tlite_jax.sharding import make_mesh, place_params
 
-MODEL = ModelConfig(**{**tiny.MODEL, "max_position_embeddings": 16})
 TEXT = "Утром над рекой стоял туман, и лодка шла вдоль берега."
-
-
-def language_model(devices: int = 1) -> LanguageModel:
-    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    params = jax.tree.map(np.asarray, init_params(MODEL, seed=3))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.data() / "tokenizer")
-    return LanguageModel(place_params(params, param_specs(MODEL), mesh), MODEL, mesh, tokenizer)
 
 
 @pytest.fixture(scope="module")
