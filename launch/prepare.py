@@ -184,10 +184,28 @@ def _print(report: "PrepareReport") -> None:
         if b.split_documents:
             line = f"{b.name}: {b.split_documents:,} documents are longer than a row and were cut; nothing is lost"
             console.print(line, highlight=False, markup=False)
-    for source, reasons in report.quarantined.items():
-        for reason, count in sorted(reasons.items()):
-            console.print(f"quarantined from {source}: {count:,} ({reason})", highlight=False, markup=False)
-    if any(reasons for reasons in report.quarantined.values()):
-        console.print(f"each is listed in {report.directory}/quarantine.jsonl", highlight=False, markup=False)
+    for line in _what_was_removed(report):
+        console.print(line, highlight=False, markup=False)
     done = "nothing to do: made already from the same documents" if report.reused else "prepared"
     console.print(f"{done}: {report.documents_read:,} documents in {report.directory}", highlight=False, markup=False)
+
+
+def _what_was_removed(report: "PrepareReport") -> Iterator[str]:
+    for source, reasons in report.quarantined.items():
+        for reason, count in sorted(reasons.items()):
+            yield f"quarantined from {source}: {count:,} ({reason})"
+    if any(report.quarantined.values()):
+        yield f"each is listed in {report.directory}/quarantine.jsonl"
+    for name, counts in report.evaluation_items.items():
+        short = f", {counts['too_short']:,} too short to be looked for" if counts["too_short"] else ""
+        yield f"evaluation set {name}: {counts['items']:,} items{short}"
+    for source, sets in report.contaminated.items():
+        for name, actions in sets.items():
+            done = " and ".join(f"{count:,} {action}" for action, count in actions.items())
+            yield f"repeated {name} in {source}: {done}"
+    if any(report.contaminated.values()):
+        yield f"each is listed in {report.directory}/contamination.jsonl"
+    padded = [bucket for bucket in report.buckets if bucket.padding_tokens]
+    if padded:
+        tokens = sum(bucket.padding_tokens for bucket in padded)
+        yield f"{tokens:,} tokens of padding fill rows of {len(padded):,} buckets; no token of a document is lost"

@@ -14,6 +14,8 @@ from tlite_jax.config.mixture import (
     MixtureGroup,
 )
 from tlite_jax.config.prepare import (
+    DecontaminationConfig,
+    EvaluationSetConfig,
     HeldOutConfig,
     NearDuplicatesConfig,
     PrepareConfig,
@@ -39,7 +41,9 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DeclaredBucket",
+    "DecontaminationConfig",
     "EvaluationConfig",
+    "EvaluationSetConfig",
     "ExecutionConfig",
     "HeldOutConfig",
     "InitConfig",

@@ -46,6 +46,40 @@ class NearDuplicatesConfig(Section):
     ngram_words: Positive = 5
 
 
+class EvaluationSetConfig(Section):
+    """Items of an evaluation that must not be trained on."""
+
+    name: Annotated[str, Field(min_length=1)]
+    paths: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="files, patterns or URLs")
+    format: Literal["auto", "jsonl", "parquet", "text"] = Field(default="auto", description="as of a source")
+    text_fields: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default=("text",), description="each is looked for by itself, e.g. [question, answer]"
+    )
+
+
+class DecontaminationConfig(Section):
+    """Removal of what repeats evaluation items word for word; case, punctuation and ё aside."""
+
+    sets: Annotated[tuple[EvaluationSetConfig, ...], Field(min_length=1)]
+    ngram_words: Annotated[int, Field(ge=4, le=50)] = Field(default=13, description="words in a row that tell a copy")
+    min_words: Annotated[int, Field(ge=4, le=50)] = Field(
+        default=8, description="an item shorter than ngram_words is looked for whole, down to this many words"
+    )
+    drop_above: Fraction = Field(
+        default=0.0,
+        description="a document with a larger share of its words copied is dropped, else they are cut out of it",
+    )
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        if self.min_words > self.ngram_words:
+            raise ValueError(f"min_words {self.min_words} is above ngram_words {self.ngram_words}; lower it")
+        names = [found.name for found in self.sets]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"names of sets must differ; repeated: {', '.join(repeated)}")
+        return self
+
+
 class PrepareConfig(Section):
     """Documents -> buckets of token rows."""
 
@@ -53,6 +87,7 @@ class PrepareConfig(Section):
     bucket_labels: tuple[str, ...] = ("source", "language", "style", "topic", "domain")
     held_out: HeldOutConfig
     near_duplicates: NearDuplicatesConfig | None = None
+    decontaminate: DecontaminationConfig | None = None
     max_document_characters: Positive = 10_000_000
     max_quarantine_rate: Fraction = Field(default=0.01, description="above this share of bad documents it stops")
     num_workers: Positive | None = Field(default=None, description="null: one per core")

@@ -169,6 +169,8 @@ def submit_slurm(
     """
     if not force and (existing := find_finished(preparation)) is not None:
         return existing
+    if preparation.items is not None:
+        preparation.items.build()
     job = _save(preparation)
     tasks = executor.num_tasks(preparation)
     common = {

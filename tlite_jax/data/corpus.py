@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +52,7 @@ class Corpus:
       keys: the buckets, in order of appearance.
       locations: of each shard's pieces, path and the lines before the piece.
       quarantined: by source name, how often each reason occurred.
+      contaminated: by source name and evaluation set, how many documents were dropped and cut.
       lost_bytes: of the input, those that could not be read.
     """
 
@@ -61,6 +62,7 @@ class Corpus:
     keys: list[BucketKey]
     locations: list[list[tuple[str, int]]]
     quarantined: dict[str, dict[str, int]]
+    contaminated: dict[str, dict[str, dict[str, int]]]
     lost_bytes: int
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Pat
     directory.mkdir(parents=True)
     keys: dict[BucketKey, int] = {}
     quarantined: dict[str, Counter[str]] = {}
+    contaminated: dict[str, dict[str, Counter[str]]] = {}
     counts = [0]
     with ExitStack() as stack:
         files = {name: stack.enter_context((directory / name).open("wb")) for name in _FILES}
@@ -128,6 +131,9 @@ def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Pat
             for name, column in columns.items():
                 files[name].write(column.astype(_FILES[name], copy=False).tobytes())
             quarantined.setdefault(shard.source.name, Counter()).update(tokenized.reasons)
+            sets = contaminated.setdefault(shard.source.name, {})
+            for name, actions in tokenized.contaminated.items():
+                sets.setdefault(name, Counter()).update(actions)
             counts.append(len(table))
     return Corpus(
         directory=directory,
@@ -136,6 +142,10 @@ def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Pat
         keys=list(keys),
         locations=_locations(shards, done),
         quarantined={source: dict(sorted(reasons.items())) for source, reasons in quarantined.items()},
+        contaminated={
+            source: {name: dict(sorted(actions.items())) for name, actions in sorted(sets.items())}
+            for source, sets in contaminated.items()
+        },
         lost_bytes=sum(tokenized.manifest["lost_bytes"] for tokenized in done),
     )
 
@@ -164,13 +174,27 @@ class Signatures:
         return values
 
 
-def write_quarantine(path: Path, shards: Sequence[Shard], corpus: Corpus) -> None:
+def write_quarantine(path: Path, corpus: Corpus, sources: Sequence[str]) -> None:
     """Lists every bad document: source, file, line, byte offset where known, reason; one JSON object a line."""
+    _write_list(path, corpus, sources, TokenizedShard.quarantined)
+
+
+def write_contamination(path: Path, corpus: Corpus, sources: Sequence[str]) -> None:
+    """Lists every document that repeated evaluation items, with what it repeated; one JSON object a line."""
+    _write_list(path, corpus, sources, TokenizedShard.contamination)
+
+
+def _write_list(
+    path: Path,
+    corpus: Corpus,
+    sources: Sequence[str],
+    records: Callable[[TokenizedShard], Iterator[dict[str, Any]]],
+) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for shard, tokenized, locations in zip(shards, corpus.shards, corpus.locations, strict=True):
-            for record in tokenized.quarantined():
+        for source, tokenized, locations in zip(sources, corpus.shards, corpus.locations, strict=True):
+            for record in records(tokenized):
                 name, lines = locations[record.pop("piece")]
-                line = {"source": shard.source.name, "file": name, "line": lines + record.pop("line")}
+                line = {"source": source, "file": name, "line": lines + record.pop("line")}
                 file.write(json.dumps({**line, **record}, ensure_ascii=False) + "\n")
 
 

@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from tlite_jax.config import PrepareConfig, digest
 from tlite_jax.data.buckets import MANIFEST, is_bucket
-from tlite_jax.data.corpus import MAX_BUCKETS, Corpus, Signatures, bucket_names, join, write_quarantine
+from tlite_jax.data.corpus import (
+    MAX_BUCKETS,
+    Corpus,
+    Signatures,
+    bucket_names,
+    join,
+    write_contamination,
+    write_quarantine,
+)
 from tlite_jax.data.exact_duplicates import exact_duplicates
 from tlite_jax.data.files import file_entry, sync_directory, write_json
 from tlite_jax.data.near_duplicates import NearDuplicates, banding, near_duplicates
@@ -28,7 +36,8 @@ from tlite_jax.errors import UserError
 Progress = Callable[[str, int, int], None]
 Ints = npt.NDArray[np.int64]
 
-QUARANTINE, DUPLICATES = "quarantine.jsonl", "duplicates.jsonl"
+QUARANTINE, DUPLICATES, CONTAMINATION = "quarantine.jsonl", "duplicates.jsonl", "contamination.jsonl"
+LISTS = (QUARANTINE, DUPLICATES, CONTAMINATION)
 
 
 def join_shards(preparation: Preparation, directories: list[Path], progress: Progress) -> dict[str, Any]:
@@ -40,11 +49,13 @@ def join_shards(preparation: Preparation, directories: list[Path], progress: Pro
     todo, target = preparation.todo, preparation.buckets
     shards = preparation.shards()
     corpus = join(shards, [open_shard(directory) for directory in directories], target / SHARDS / "corpus")
-    write_quarantine(target / QUARANTINE, shards, corpus)
+    sources = [shard.source.name for shard in shards]
+    write_quarantine(target / QUARANTINE, corpus, sources)
     _check_corpus(corpus, preparation)
     exact, near = _find_duplicates(corpus, todo, progress)
     names = bucket_names(corpus.keys)
     _clear(target)
+    write_contamination(target / CONTAMINATION, corpus, sources)
     _write_duplicates(target / DUPLICATES, corpus, exact, near)
     is_exact = exact != np.arange(len(exact))
     stays = ~is_exact
@@ -61,7 +72,9 @@ def join_shards(preparation: Preparation, directories: list[Path], progress: Pro
         "documents_read": len(corpus),
         "duplicates": {name: list(counts) for name, *counts in zip(names, *removed, strict=True)},
         "quarantined": corpus.quarantined,
-        "lists": {name: file_entry(target / name) for name in (QUARANTINE, DUPLICATES)},
+        "lists": {name: file_entry(target / name) for name in LISTS},
+        "contaminated": corpus.contaminated,
+        "evaluation_items": preparation.items.counts if preparation.items else {},
         "buckets": digests,
     }
     write_json(target / MANIFEST, manifest)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tlite_jax.config import DataConfig, PrepareConfig, RunConfig
 from tlite_jax.data.documents import Shard, make_shards
+from tlite_jax.data.evaluation_items import EvaluationItems, find_items
 from tlite_jax.data.inputs import InputFile, find_files
 from tlite_jax.data.shards import ShardSettings
 from tlite_jax.data.tokenize import TokenizerFile, check_vocabulary, load_tokenizer
@@ -23,12 +24,14 @@ class Preparation:
       data, todo: the run's `data` and `data.prepare`.
       tokenizer: read from its directory.
       files: source -> its files.
+      items: what must not be trained on; `build` them before shards are tokenised.
     """
 
     data: DataConfig
     todo: PrepareConfig
     tokenizer: TokenizerFile
     files: dict[str, list[InputFile]]
+    items: EvaluationItems | None
 
     @property
     def buckets(self) -> Path:
@@ -59,11 +62,15 @@ class Preparation:
             todo.bucket_labels,
             todo.max_document_characters,
             todo.near_duplicates,
+            self.items,
         )
 
     def origin(self) -> dict[str, Any]:
         """Everything that the buckets' bytes depend on."""
-        values = self.todo.model_dump(mode="json", exclude={"num_workers", "max_quarantine_rate", "shard_bytes"})
+        excluded = {"num_workers", "max_quarantine_rate", "shard_bytes", "decontaminate"}
+        values = self.todo.model_dump(mode="json", exclude=excluded)
+        if self.items is not None:
+            values["decontaminate"] = self.items.origin()
         sources = values.pop("sources")
         for source in sources:
             del source["paths"]
@@ -95,7 +102,9 @@ def find_preparation(config: RunConfig, tokenizer_dir: Path) -> Preparation:
     tokenizer = load_tokenizer(tokenizer_dir, data.document_start, data.document_end)
     if config.model is not None:
         check_vocabulary(tokenizer, config.model.vocab_size)
-    preparation = Preparation(data, todo, tokenizer, {source.name: find_files(source) for source in todo.sources})
+    items = None if todo.decontaminate is None else find_items(todo.decontaminate, data.buckets / SHARDS)
+    files = {source.name: find_files(source) for source in todo.sources}
+    preparation = Preparation(data, todo, tokenizer, files, items)
     if not preparation.input_bytes:
         raise UserError(no_documents(todo))
     return preparation

@@ -14,7 +14,7 @@ from typing import Any
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences
 from tlite_jax.data.buckets import MANIFEST, BucketStore, is_bucket, read_store_manifest
-from tlite_jax.data.join import DUPLICATES, QUARANTINE, join_shards
+from tlite_jax.data.join import LISTS, join_shards
 from tlite_jax.data.preparation import SHARDS, Preparation, find_preparation
 from tlite_jax.data.shards import encoder_for, find_shard, start_worker, tokenize_shard, work
 from tlite_jax.data.tokenize import Encoder
@@ -56,13 +56,25 @@ class BucketReport:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did, or had done before (`reused`). `quarantined`: source -> reason -> documents."""
+    """What `prepare` did, or had done before.
+
+    Attributes:
+      directory: the buckets'.
+      reused: nothing was to be done.
+      documents_read: those that could be used.
+      buckets: what became of them.
+      quarantined: source -> reason -> documents that could not be used.
+      contaminated: source -> evaluation set -> how many documents were dropped and cut.
+      evaluation_items: evaluation set -> its items, and how many were too short to be looked for.
+    """
 
     directory: str
     reused: bool
     documents_read: int
     buckets: tuple[BucketReport, ...]
     quarantined: dict[str, dict[str, int]]
+    contaminated: dict[str, dict[str, dict[str, int]]]
+    evaluation_items: dict[str, dict[str, int]]
 
 
 def prepare(
@@ -105,6 +117,8 @@ def finish(
                 return existing
             _refuse_foreign(target)
             if run_shards is not None:
+                if preparation.items is not None:
+                    preparation.items.build()
                 run_shards(preparation, report)
             manifest = join_shards(preparation, _finished_shards(preparation), report)
             return _report(target, manifest, reused=False)
@@ -180,7 +194,7 @@ def _claim(directory: Path) -> Iterator[None]:
 
 def _refuse_foreign(directory: Path) -> None:
     """Refuses a directory that holds anything `prepare` did not write."""
-    ours = {_LOCK, SHARDS, QUARANTINE, DUPLICATES, MANIFEST, f".{MANIFEST}.partial"}
+    ours = {_LOCK, SHARDS, *LISTS, MANIFEST, f".{MANIFEST}.partial"}
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in ours and not is_bucket(path))
     if foreign:
         raise UserError(f"{directory} holds {foreign[0]}, which prepare did not write; choose an empty data.buckets")
@@ -193,4 +207,7 @@ def _report(directory: Path, manifest: dict[str, Any], *, reused: bool) -> Prepa
         exact, near = manifest["duplicates"][name]
         known = {key: value for key, value in bucket.manifest.items() if key in fields}
         buckets.append(BucketReport(**known, exact_duplicates=exact, near_duplicates=near))
-    return PrepareReport(str(directory), reused, manifest["documents_read"], tuple(buckets), manifest["quarantined"])
+    names = ("documents_read", "quarantined", "contaminated", "evaluation_items")
+    # Buckets of earlier versions know nothing of contamination.
+    counts = {name: manifest.get(name, {}) for name in names}
+    return PrepareReport(str(directory), reused, buckets=tuple(buckets), **counts)

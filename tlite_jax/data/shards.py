@@ -12,7 +12,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tlite_jax.config import NearDuplicatesConfig, digest
+from tlite_jax.data.decontaminate import decontaminate
 from tlite_jax.data.documents import BadDocument, Document, Shard, read_piece
+from tlite_jax.data.evaluation_items import EvaluationItems
 from tlite_jax.data.files import ChecksummedFile, check_size, map_array, read_json, sync_directory, write_json
-from tlite_jax.data.near_duplicates import Signer
+from tlite_jax.data.near_duplicates import Signer, banding
 from tlite_jax.data.tokenize import Encoder, TokenizerFile
 from tlite_jax.errors import UserError
 
@@ -53,6 +55,7 @@ class ShardSettings:
     bucket_labels: tuple[str, ...]
     max_document_characters: int
     near_duplicates: NearDuplicatesConfig | None
+    items: EvaluationItems | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,19 @@ class TokenizedShard:
 
     def quarantined(self) -> Iterator[dict[str, Any]]:
         """The bad documents: piece, line, reason and, where known, offset, detail, lost_bytes, documents."""
-        with (self.directory / "quarantine.jsonl").open(encoding="utf-8") as file:
+        return self._listed("quarantine.jsonl")
+
+    def contamination(self) -> Iterator[dict[str, Any]]:
+        """The documents that repeated evaluation items: piece, line, action, share, items, matches."""
+        return self._listed("contamination.jsonl")
+
+    @property
+    def contaminated(self) -> dict[str, dict[str, int]]:
+        """Of each evaluation set how many documents were dropped and cut."""
+        return self.manifest["contaminated"]
+
+    def _listed(self, name: str) -> Iterator[dict[str, Any]]:
+        with (self.directory / name).open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
 
@@ -105,9 +120,10 @@ def shard_key(shard: Shard, settings: ShardSettings) -> str:
     tokenizer = asdict(settings.tokenizer)
     del tokenizer["definition"]
     near = settings.near_duplicates
-    signature = [near.num_permutations, near.ngram_words] if near else None
+    signature = [near.num_permutations, near.ngram_words, *banding(near)] if near else None
     limits = [settings.bucket_labels, settings.max_document_characters, signature]
-    return digest([SHARD_VERSION, source, pieces, tokenizer, limits])
+    items = settings.items.fingerprint if settings.items and shard.source.training else None
+    return digest([SHARD_VERSION, source, pieces, tokenizer, limits, items])
 
 
 def open_shard(directory: Path) -> TokenizedShard:
@@ -138,7 +154,9 @@ def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: Encoder) -> P
     final = settings.directory / shard_key(shard, settings)
     partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(parents=True)
-    with _ShardWriter(partial, settings, encoder) as writer:
+    # A source that is evaluated on keeps what it is evaluated on.
+    items = settings.items if shard.source.training else None
+    with _ShardWriter(partial, settings, encoder, items) as writer:
         lines = []
         for number, piece in enumerate(shard.pieces):
             last = 0
@@ -167,15 +185,19 @@ def _publish(partial: Path, final: Path, shard: Shard, settings: ShardSettings) 
 
 
 class _ShardWriter:
-    def __init__(self, directory: Path, settings: ShardSettings, encoder: Encoder) -> None:
-        self._settings, self._encoder, self._directory = settings, encoder, directory
+    def __init__(
+        self, directory: Path, settings: ShardSettings, encoder: Encoder, items: EvaluationItems | None
+    ) -> None:
+        self._settings, self._encoder, self._directory, self._items = settings, encoder, directory, items
         self._signer = Signer(settings.near_duplicates) if settings.near_duplicates else None
         names = ["tokens.bin", "documents.bin", *(["signatures.bin", "bands.bin"] if self._signer else [])]
-        self._files = {name: ChecksummedFile(directory / name) for name in [*names, "quarantine.jsonl"]}
+        names += ["quarantine.jsonl", "contamination.jsonl"]
+        self._files = {name: ChecksummedFile(directory / name) for name in names}
         self._batch: list[tuple[int, Document]] = []
         self._characters = self._lost_bytes = 0
         self._labels: dict[tuple[tuple[str, str], ...], int] = {}
         self._reasons: Counter[str] = Counter()
+        self._contaminated: dict[str, Counter[str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -200,6 +222,7 @@ class _ShardWriter:
             "lines": lines,
             "reasons": dict(sorted(self._reasons.items())),
             "lost_bytes": self._lost_bytes,
+            "contaminated": {name: dict(counts) for name, counts in sorted(self._contaminated.items())},
             "files": {name: file.close() for name, file in self._files.items()},
         }
         write_json(self._directory / "manifest.json", manifest)
@@ -212,10 +235,32 @@ class _ShardWriter:
             del record["lost_bytes"]
         if bad.documents == 1:
             del record["documents"]
-        self._files["quarantine.jsonl"].write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
+        self._list("quarantine.jsonl", record)
+
+    def _decontaminated(self, batch: list[tuple[int, Document]]) -> list[tuple[int, Document]]:
+        """Leaves out, or cuts, the documents that repeat evaluation items."""
+        if self._items is None:
+            return batch
+        found = decontaminate([document.text for _, document in batch], self._items)
+        result = []
+        for number, (piece, document) in enumerate(batch):
+            if number in found:
+                what = found[number]
+                action = "dropped" if what.text is None else "cut"
+                self._contaminated.setdefault(what.matches[0]["set"], Counter())[action] += 1
+                record = {"piece": piece, "line": document.line, "action": action, "share": what.share}
+                self._list("contamination.jsonl", {**record, "items": what.items, "matches": what.matches})
+                if what.text is None:
+                    continue
+                document = replace(document, text=what.text)
+            result.append((piece, document))
+        return result
+
+    def _list(self, name: str, record: dict[str, Any]) -> None:
+        self._files[name].write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
 
     def _flush(self) -> None:
-        batch, self._batch, self._characters = self._batch, [], 0
+        batch, self._batch, self._characters = self._decontaminated(self._batch), [], 0
         encoded = self._encoder.encode([document.text for _, document in batch])
         table = np.zeros(len(batch), TABLE)
         texts = []
