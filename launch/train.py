@@ -1,20 +1,16 @@
 """`python -m launch train CONFIG`."""
 
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from tlite_jax.train.loop import Evaluate, Result
+    from tlite_jax.train.loop import Result
     from tlite_jax.train.run import Run
-    from tlite_jax.train.state import TrainState
 
-EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 def main(
@@ -35,6 +31,7 @@ def main(
     Example: python -m launch train configs/tlite_8b_stage1.yaml checkpoint.every=250 mesh.replica=12
     """
     from launch.distributed import initialize
+    from launch.evaluation import check_evaluation
     from launch.preemption import EXIT_PREEMPTED, ignore_signals, notice_signals
 
     notice_signals()
@@ -48,10 +45,13 @@ def main(
 
     loaded = load_config(config, overrides or ())
     check_world(loaded, jax.process_count(), jax.local_device_count())
+    check_evaluation(loaded)
     if loaded.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
     result = train_run(open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change))
     ignore_signals()
+    if result.stopped is not None:
+        raise typer.Exit(EXIT_FAILED)
     if result.signal is not None:
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
 
@@ -60,6 +60,7 @@ def train_run(run: "Run") -> "Result":
     """Trains a run on all devices there are, with the console and the evaluation that its config asks for."""
     import jax
 
+    from launch.evaluation import make_evaluation
     from tlite_jax.sharding import make_mesh
     from tlite_jax.telemetry.console import ConsoleSink
     from tlite_jax.train.loop import train
@@ -75,38 +76,13 @@ def train_run(run: "Run") -> "Result":
     evaluate = make_evaluation(run, mesh) if run.config.evaluation.every else None
     result = train(run, mesh, console=console, evaluate=evaluate)
     if jax.process_index() == 0:
-        end = (
-            "done" if result.signal is None else f"stopped by {signal.Signals(result.signal).name}; run again to go on"
-        )
-        print(f"{run.directory}: step {result.step} of {run.total_steps}, {end}")
+        print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")
         if result.first_step_seconds is not None:
             print(f"the first step took {result.first_step_seconds:.1f} s, compilation included")
     return result
 
 
-def make_evaluation(run: "Run", mesh: "Mesh") -> "Evaluate":
-    """Bits per byte of every held-out bucket and language, as metrics."""
-    from tlite_jax.data.buckets import read_held_out
-    from tlite_jax.data.tokenize import load_tokenizer
-    from tlite_jax.evaluate.bits_per_byte import Evaluator, by_name
-
-    config = run.config
-    assert config.model is not None
-    assert config.data.tokenizer is not None
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.document_start, config.data.document_end)
-    buckets = read_held_out(config.data.buckets)
-    evaluator = Evaluator(
-        config.model,
-        config.execution,
-        mesh,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.evaluation.batch_size,
-        start=tokenizer.document_start,
-        end=tokenizer.document_end,
-    )
-
-    def evaluate(state: "TrainState") -> Mapping[str, float]:
-        scores = evaluator.score(state.params, buckets, config.evaluation.max_tokens)
-        return {f"bits_per_byte/{name}": score.bits_per_byte for name, score in by_name(scores, buckets).items()}
-
-    return evaluate
+def _ending(result: "Result") -> str:
+    if result.stopped is not None:
+        return result.stopped
+    return "done" if result.signal is None else f"stopped by {signal.Signals(result.signal).name}; run again to go on"

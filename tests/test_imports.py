@@ -33,7 +33,11 @@ ARROWS = {
     ],
     "tlite_jax.telemetry": ["tlite_jax.config", "tlite_jax.errors"],
     "tlite_jax.generate": ["tlite_jax.config", "tlite_jax.errors", "tlite_jax.model", "tlite_jax.sharding"],
+    "tlite_jax.best": [],
+    # The base that a run is compared with is a checkpoint; what is measured of it is written as metrics are.
     "tlite_jax.evaluate": [
+        "tlite_jax.best",
+        "tlite_jax.checkpoint",
         "tlite_jax.config",
         "tlite_jax.errors",
         "tlite_jax.data.buckets",
@@ -41,6 +45,7 @@ ARROWS = {
         "tlite_jax.loss",
         "tlite_jax.model",
         "tlite_jax.sharding",
+        "tlite_jax.telemetry",
     ],
     "tlite_jax.train.state": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.optimizer", "tlite_jax.sharding"],
     "tlite_jax.train.context": ["tlite_jax.config", "tlite_jax.errors", "tlite_jax.model", "tlite_jax.sharding"],
@@ -80,6 +85,7 @@ ARROWS = {
     ],
     # It names the order of the data by its segments, and reads no data.
     "tlite_jax.checkpoint": [
+        "tlite_jax.best",
         "tlite_jax.config",
         "tlite_jax.config_files",
         "tlite_jax.data.segments",

@@ -9,7 +9,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ from tlite_jax.config_files import override, parse
 from tlite_jax.data.prepare import prepare
 from tlite_jax.model.decoder import init_params, param_specs
 from tlite_jax.sharding import make_mesh, unpad_params
+from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.metrics import read_jsonl
 from tlite_jax.train import loop, step
 from tlite_jax.train.run import open_run
@@ -145,13 +146,33 @@ def start(
     config: RunConfig,
     on: jax.sharding.Mesh | None = None,
     *,
-    evaluate: loop.Evaluate | None = None,
+    evaluate: loop.Evaluation | None = None,
     allow_change: bool = False,
 ) -> loop.Result:
     """Starts a run or goes on with it, as the command does."""
     run = open_run(config, mesh=on or mesh(), allow_change=allow_change)
     with mock.patch.object(loop, "make_step", make_quick_step):
         return loop.train(run, on or mesh(), evaluate=evaluate)
+
+
+class Evaluation:
+    """An evaluation as the loop knows it: calls a function of the step and the parameters, which gives an Evaluated."""
+
+    stopped = None
+
+    def __init__(self, function: Callable[[int, Any], Evaluated], every: int, total_steps: int = STEPS):
+        self._function, self._every, self._total_steps = function, every, total_steps
+        self._done: set[int] = set()
+
+    def due(self, step: int) -> bool:
+        return step not in self._done and (step % self._every == 0 or step == self._total_steps)
+
+    def __call__(self, step: int, params: Any) -> Evaluated:
+        self._done.add(step)
+        return self._function(step, params)
+
+    def kept(self, steps: Collection[int]) -> Collection[int]:
+        return ()
 
 
 _compiled: dict[Any, Callable] = {}

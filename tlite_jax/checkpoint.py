@@ -9,7 +9,7 @@ from a cache.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from pydantic import Field
 
+from tlite_jax.best import best_step_on_disk
 from tlite_jax.config import CheckpointConfig, ModelConfig, Section
 from tlite_jax.config.base import NonNegative
 from tlite_jax.config_files import parse
@@ -81,13 +82,19 @@ def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
-def find(path: Path, step: int | None = None) -> Checkpoint:
-    """Opens RUN (the newest step, or the given one) or RUN/checkpoints/STEP; reads no arrays.
+def find(path: Path, step: int | Literal["best"] | None = None) -> Checkpoint:
+    """Opens a run's checkpoint; reads no arrays.
+
+    Args:
+      path: RUN, RUN@STEP, RUN@best or RUN/checkpoints/STEP.
+      step: of RUN, before what stands behind an @; best: the one with the smallest objective of the run's evaluations;
+        None: the newest.
 
     Raises:
-      UserError: nothing there, no such step, or a format that this version does not read.
+      UserError: nothing there, no such step, no best one, or a format that this version does not read.
     """
-    path = Path(path)
+    path, behind = _split_step(Path(path))
+    step = behind if step is None else step
     if path.parent.name == "checkpoints" and _is_step(path.name):
         run, step = path.parent.parent, int(path.name)
     else:
@@ -99,10 +106,43 @@ def find(path: Path, step: int | None = None) -> Checkpoint:
         )
     if step is None:
         step = steps[-1]
+    elif step == "best":
+        step = _best(run, steps)
     elif step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     directory = run / "checkpoints" / str(step)
     return Checkpoint(run, step, directory, _read_meta(directory))
+
+
+def parse_step(text: str) -> int | Literal["best"]:
+    """Reads the step that a user names: a number or "best".
+
+    Raises:
+      UserError: neither.
+    """
+    if text == "best":
+        return "best"
+    if not _is_step(text):
+        raise UserError(f"step {text!r} is neither a number nor best")
+    return int(text)
+
+
+def _split_step(path: Path) -> tuple[Path, int | Literal["best"] | None]:
+    """RUN@STEP -> (RUN, STEP); a path that is there is taken as it is."""
+    name, separator, behind = path.name.rpartition("@")
+    if not separator or path.exists():
+        return path, None
+    return path.with_name(name) if name else path.parent, parse_step(behind)
+
+
+def _best(run: Path, steps: list[int]) -> int:
+    best = best_step_on_disk(run, steps)
+    if best is None:
+        raise UserError(
+            f"{run} has no best step: evaluation.best was not set, or none of its checkpoints "
+            f"({', '.join(map(str, steps))}) was evaluated; name a step"
+        )
+    return best
 
 
 def _read_meta(directory: Path) -> Meta:
@@ -193,11 +233,18 @@ def save_model(
 
 
 class Saver:
-    """Saves a run's checkpoints in the background and keeps the ones that its config asks for."""
+    """Saves a run's checkpoints in the background and keeps the ones that its config asks for.
 
-    def __init__(self, run: Path, config: CheckpointConfig):
+    Args:
+      run: directory.
+      config: how many to keep.
+      kept: which of the given steps are to be kept besides, asked for before any is deleted.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]]):
         self._run = run
         self._config = config
+        self._kept = kept
         if jax.process_index() == 0:
             _delete_leftovers(run / "checkpoints")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -228,9 +275,10 @@ class Saver:
     def _delete_old(self) -> None:
         if jax.process_index() != 0:
             return
-        every = self._config.keep_every
-        for step in steps_on_disk(self._run)[: -self._config.keep_latest]:
-            if not (every and step % every == 0):
+        every, steps = self._config.keep_every, steps_on_disk(self._run)
+        kept = self._kept(steps)
+        for step in steps[: -self._config.keep_latest]:
+            if step not in kept and not (every and step % every == 0):
                 _delete(self._run / "checkpoints" / str(step))
 
 
@@ -249,9 +297,11 @@ def _delete_leftovers(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def saver(run: Path, config: CheckpointConfig) -> Iterator[Saver]:
+def saver(
+    run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]] = lambda steps: ()
+) -> Iterator[Saver]:
     """A Saver that is closed, its last save finished, on the way out."""
-    result = Saver(run, config)
+    result = Saver(run, config, kept)
     try:
         yield result
     finally:

@@ -9,7 +9,7 @@ from helpers import tiny_model
 
 from tlite_jax.config import ExecutionConfig, MeshConfig
 from tlite_jax.data.buckets import HeldOutBucket, HeldOutDocument
-from tlite_jax.evaluate.bits_per_byte import Evaluator, NotFiniteError
+from tlite_jax.evaluate.bits_per_byte import Evaluator, NotFiniteError, make_sample
 from tlite_jax.evaluate.rows import Boundaries, Packing, Window, choose
 from tlite_jax.loss import IGNORED
 from tlite_jax.model import decoder
@@ -106,6 +106,15 @@ def test_a_budget_in_bytes_chooses_the_same_documents_for_every_tokenizer():
     ]
 
 
+@pytest.mark.parametrize("start", [START, None])
+def test_tokens_that_are_not_scored_are_context(start):
+    tokens = np.array([*([] if start is None else [start]), 5, 6, 7, 8, 2], np.uint32)
+    scored = np.isin(tokens, [7, 8, 2])
+    (window,) = Boundaries(start, 2).text_windows(0, HeldOutDocument(tokens, 9, scored), 32)
+    assert window.inputs.tolist() == [2 if start is None else start, 5, 6, 7]
+    assert window.targets.tolist() == [IGNORED, IGNORED, 7, 8]
+
+
 def test_documents_without_text_have_no_windows():
     assert Boundaries(None, 2).text_windows(0, HeldOutDocument(np.array([2], np.uint32), 0), 8) == []
     assert Boundaries(1, None).text_windows(0, HeldOutDocument(np.array([1], np.uint32), 0), 8) == []
@@ -114,7 +123,7 @@ def test_documents_without_text_have_no_windows():
 def test_padding_is_counted():
     mesh = make_mesh(MeshConfig(fsdp=8), jax.devices())
     evaluator = Evaluator(MODEL, EXECUTION, mesh, sequence_length=32, batch_size=1, start=START, end=None)
-    sample = evaluator.sample([bucket_of(by_byte)])
+    sample = make_sample([bucket_of(by_byte)], Boundaries(START, None), 32)
     assert evaluator.num_positions(sample) == -(-len(sample.packing) // 8) * 8 * 32
     assert evaluator.padding_share(sample) == 1 - sum(len(text.encode()) for text in TEXTS) / (
         evaluator.num_positions(sample)

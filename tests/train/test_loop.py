@@ -14,6 +14,7 @@ from orbax.checkpoint._src.path import atomicity
 from tests import tiny
 from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.config import RunConfig
+from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.train import loop
 
 
@@ -106,26 +107,26 @@ def test_document_masking_resumes_too(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_signal_during_evaluation_is_heard(tmp_path: Path) -> None:
-    def evaluate(state) -> dict[str, float]:
-        if int(state.step) == 2:
+    def evaluate(step, params) -> Evaluated:
+        if step == 2:
             signal.raise_signal(signal.SIGTERM)
-        return {"score": float(state.step)}
+        return Evaluated({"score": float(step)})
 
-    asked = config(tmp_path / "run", "evaluation.every=2", "checkpoint.every=2")
-    result = tiny.start(asked, evaluate=evaluate)
+    asked = config(tmp_path / "run", "checkpoint.every=2")
+    result = tiny.start(asked, evaluate=tiny.Evaluation(evaluate, every=2))
     # The save of step 2 was under way: it is not asked for twice.
     assert (result.step, result.signal, steps_on_disk(tmp_path / "run")) == (2, signal.SIGTERM, [2])
     assert tiny.metrics(tmp_path / "run", "score") == {0: 0.0, 2: 2.0}
 
 
 def test_a_second_ctrl_c_insists(tmp_path: Path) -> None:
-    def evaluate(state) -> dict[str, float]:
+    def evaluate(step, params) -> Evaluated:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        return {}
+        return Evaluated({})
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.start(config(tmp_path / "run"), evaluate=evaluate)
+        tiny.start(config(tmp_path / "run"), evaluate=tiny.Evaluation(evaluate, every=2))
     assert steps_on_disk(tmp_path / "run") == []
 
 
@@ -159,11 +160,11 @@ def test_metrics_say_how_it_goes(whole: Path) -> None:
 def test_evaluation_is_left_out_of_the_throughput(tmp_path: Path) -> None:
     evaluated = []
 
-    def evaluate(state) -> dict[str, float]:
-        evaluated.append(int(state.step))
-        return {"score": 1.0}
+    def evaluate(step, params) -> Evaluated:
+        evaluated.append(step)
+        return Evaluated({"score": 1.0})
 
-    tiny.start(config(tmp_path / "run", "evaluation.every=2"), evaluate=evaluate)
+    tiny.start(config(tmp_path / "run"), evaluate=tiny.Evaluation(evaluate, every=2))
     assert evaluated == [0, 2, 4, 6]
     assert 1 not in tiny.metrics(tmp_path / "run", "tokens_per_second")
     assert 2 in tiny.metrics(tmp_path / "run", "tokens_per_second")
@@ -179,6 +180,30 @@ def test_checkpoints_come_as_often_and_stay_as_long_as_asked(tmp_path: Path) -> 
     tiny.start(config(tmp_path / "run", *words))
     assert steps_on_disk(tmp_path / "run") == [3, 5, 6]
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "5", "6"]
+
+
+def test_the_best_step_is_saved_and_kept_whatever_its_age(tmp_path: Path) -> None:
+    """Step 2, which is not one to be saved, is the best; step 4 is not."""
+    best = 2
+    evaluation = tiny.Evaluation(lambda step, params: Evaluated({}, improved=step == best), every=2)
+    evaluation.kept = lambda steps: (best,)
+    tiny.start(config(tmp_path / "run", "checkpoint.every=3", "checkpoint.keep_latest=1"), evaluate=evaluation)
+    assert steps_on_disk(tmp_path / "run") == [2, 6]
+
+
+def test_an_evaluation_that_says_stop_saves_and_stops(tmp_path: Path) -> None:
+    def evaluate(step, params) -> Evaluated:
+        return Evaluated({"score": 1.0}, stop="it got worse" if step == 2 else None)
+
+    result = tiny.start(config(tmp_path / "run"), evaluate=tiny.Evaluation(evaluate, every=2))
+    assert (result.step, result.signal, result.stopped) == (2, None, "it got worse")
+    assert steps_on_disk(tmp_path / "run") == [2]
+    evaluation = tiny.Evaluation(evaluate, every=2)
+    evaluation.stopped = "it is worse"
+    result = tiny.start(config(tmp_path / "run"), evaluate=evaluation)
+    assert (result.step, result.stopped) == (2, "it is worse")
+    assert list(tiny.metrics(tmp_path / "run")) == [1, 2]
+    assert tiny.start(config(tmp_path / "run")).step == 6
 
 
 def test_a_failed_save_in_the_background_surfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,31 @@ class Sample:
     packing: Packing
 
 
+def make_sample(
+    buckets: Sequence[HeldOutBucket],
+    boundaries: Boundaries,
+    length: int,
+    *,
+    max_tokens: int | None = None,
+    max_bytes: int | None = None,
+) -> Sample:
+    """Chooses and packs what is scored.
+
+    Args:
+      buckets: held-out documents.
+      boundaries: marks of a document's start and end.
+      length: of a row, and the longest window.
+      max_tokens, max_bytes: of each bucket, as for `choose`; None: all.
+    """
+    windows, num_bytes = [], []
+    for owner, bucket in enumerate(buckets):
+        documents = choose(bucket, max_tokens, max_bytes)
+        num_bytes.append(sum(document.num_bytes for document in documents))
+        for document in documents:
+            windows += boundaries.text_windows(owner, document, length)
+    return Sample(tuple(bucket.name for bucket in buckets), tuple(num_bytes), Packing(windows, length))
+
+
 class NotFiniteError(FloatingPointError):
     """A score is not a number; says of which bucket."""
 
@@ -82,18 +107,6 @@ class Evaluator:
         self._boundaries = Boundaries(start, end)
         self._losses = loss_pass(model, execution, mesh)
 
-    def sample(
-        self, buckets: Sequence[HeldOutBucket], max_tokens: int | None = None, max_bytes: int | None = None
-    ) -> Sample:
-        """Chooses and packs what is scored; `max_tokens` and `max_bytes` are of each bucket, as for `choose`."""
-        windows, num_bytes = [], []
-        for owner, bucket in enumerate(buckets):
-            documents = choose(bucket, max_tokens, max_bytes)
-            num_bytes.append(sum(document.num_bytes for document in documents))
-            for document in documents:
-                windows += self._boundaries.text_windows(owner, document, self._length)
-        return Sample(tuple(bucket.name for bucket in buckets), tuple(num_bytes), Packing(windows, self._length))
-
     def score(
         self,
         params: Any,
@@ -101,15 +114,16 @@ class Evaluator:
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Score]:
-        """Scores every bucket: `score_sample` of its `sample`."""
-        return self.score_sample(params, self.sample(buckets, max_tokens), progress)
+        """Scores every bucket: `score_sample` of `make_sample`."""
+        sample = make_sample(buckets, self._boundaries, self._length, max_tokens=max_tokens)
+        return self.score_sample(params, sample, progress)
 
     def score_sample(self, params: Any, sample: Sample, progress: Progress | None = None) -> dict[str, Score]:
         """Scores a sample.
 
         Args:
           params: stored, sharded parameters.
-          sample: from `sample`.
+          sample: from `make_sample`, of rows as long as this evaluator's.
           progress: called with (rows done, rows in all).
 
         Returns:

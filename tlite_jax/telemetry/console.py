@@ -10,6 +10,11 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from tlite_jax.telemetry.evaluated import Evaluated, Table
 
 _RATE_WINDOW = 20  # logged steps that the time left is estimated from
 _WIDE = 112  # columns from which a terminal has room for all of it
@@ -64,6 +69,20 @@ class ConsoleSink:
             shown = _ALL if self._progress.console.width >= _WIDE else _ESSENTIAL
             self._progress.update(self._task, completed=step, status=_status(values, seconds_left, shown=shown))
 
+    def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        """A table, alerts and samples of text; a line where there is no table."""
+        if evaluated.table is None:
+            self.write(step, evaluated.metrics)
+            return
+        seconds = evaluated.metrics.get("evaluation_seconds", math.nan)
+        self._line(step, "evaluation" if math.isnan(seconds) else f"evaluation, {seconds:.1f} s")
+        if self._progress is None:
+            print(*evaluated.table.lines(), sep="\n", file=self._stream, flush=True)
+        else:
+            _print_table(self._progress.console, evaluated.table)
+        for text in evaluated.texts.values():
+            self._print(f"| {text}".replace("\n", "\n| "))
+
     def close(self) -> None:
         if self._progress is not None:
             progress, self._progress = self._progress, None
@@ -71,11 +90,13 @@ class ConsoleSink:
             atexit.unregister(self.close)
 
     def _line(self, step: int, text: str) -> None:
-        line = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {text}"
+        self._print(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {text}")
+
+    def _print(self, text: str) -> None:
         if self._progress is None:
-            print(line, file=self._stream, flush=True)
+            print(text, file=self._stream, flush=True)
         else:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _seconds_left(self, step: int) -> float:
         """At the pace of the last logged steps; nan before there are two."""
@@ -103,6 +124,19 @@ def _make_progress(stream: TextIO) -> Progress:
         redirect_stdout=stream is sys.stdout,
         redirect_stderr=sys.stderr.isatty(),
     )
+
+
+def _print_table(console: Console, content: Table) -> None:
+    table = RichTable(
+        *(Column(name, justify="right" if number else "left") for number, name in enumerate(content.header))
+    )
+    for row in content.rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for alert in content.alerts:
+        console.print(Text(alert, style="bold red"), soft_wrap=True)
+    for note in content.notes:
+        console.print(Text(note), soft_wrap=True)
 
 
 def _status(values: Mapping[str, float], seconds_left: float, *, shown: Collection[str]) -> str:

@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tlite_jax.errors import UserError
+from tlite_jax.telemetry.evaluated import Evaluated
 
 Metrics = dict[str, float]
 
@@ -34,6 +37,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Writes out what is held back; may be called twice."""
+
+
+@runtime_checkable
+class EvaluationSink(Protocol):
+    """A sink that has more use for an evaluation than its metrics."""
+
+    def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        """Takes the evaluation of one step."""
 
 
 class MetricsWriter:
@@ -61,6 +72,14 @@ class MetricsWriter:
         floats = {name: float(value) for name, value in values.items()}
         for sink in self._sinks:
             sink.write(step, floats)
+
+    def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        """Writes an evaluation: all of it where a sink has `write_evaluation`, its metrics elsewhere."""
+        for sink in self._sinks:
+            if isinstance(sink, EvaluationSink):
+                sink.write_evaluation(step, evaluated)
+            else:
+                sink.write(step, evaluated.metrics)
 
     def close(self) -> None:
         """Closes every sink; may be called twice."""
@@ -134,6 +153,14 @@ class TensorBoardSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        self.write(step, evaluated.metrics)
+        for name, text in evaluated.texts.items():
+            plugin = SummaryMetadata.PluginData(plugin_name="text")
+            tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+            value = Summary.Value(tag=name, tensor=tensor, metadata=SummaryMetadata(plugin_data=plugin))
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
 
     def close(self) -> None:
         self._writer.close()

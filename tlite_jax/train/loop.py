@@ -4,10 +4,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any, Protocol
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,13 +18,28 @@ from tlite_jax import optimizer
 from tlite_jax.checkpoint import Saver, saver
 from tlite_jax.data.loader import batches
 from tlite_jax.sharding import BATCH_SPEC
+from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
 from tlite_jax.train.run import Run, first_state
 from tlite_jax.train.state import TrainState
 from tlite_jax.train.step import Metrics, check_batch, make_step
 
-Evaluate = Callable[[TrainState], Mapping[str, float]]
+
+class Evaluation(Protocol):
+    """What is measured of the model while it is trained; `evaluate.in_loop` has it."""
+
+    stopped: str | None
+    """Why the run goes no further than where it starts; None: it does."""
+
+    def due(self, step: int) -> bool:
+        """Whether the state after a step is to be evaluated, and has not been before an interruption."""
+
+    def __call__(self, step: int, params: Any) -> Evaluated:
+        """Evaluates stored, sharded parameters; raises FloatingPointError when a score is not finite."""
+
+    def kept(self, steps: Collection[int]) -> Collection[int]:
+        """Which of the steps on disk are not to be deleted."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +50,25 @@ class Result:
       step, state: where.
       signal: the one that stopped it early, if any.
       first_step_seconds: until the first step was seen to be done, compilation included; None when there was none.
+      stopped: why an evaluation ended it early; None: it did not.
     """
 
     step: int
     state: TrainState
     signal: int | None
     first_step_seconds: float | None
+    stopped: str | None = None
 
 
-def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evaluate | None = None) -> Result:
+def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evaluation | None = None) -> Result:
     """Trains until `run.total_steps` or a SIGINT or SIGTERM, which saves and stops.
 
     Args:
       run: from `open_run`.
       mesh: from `make_mesh`.
       console: where people watch, on process 0.
-      evaluate: called at step 0 and every `evaluation.every` steps; what it returns is logged.
+      evaluate: asked after every step whether it is due; what it returns is logged. The checkpoint of a step that it
+        calls the best so far is saved and kept; when it says to stop, the run saves and stops.
 
     Raises:
       UserError: a batch that does not divide over the mesh; damaged data.
@@ -76,8 +95,13 @@ def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evalua
         start_row=run.rows_consumed - run.segments[-1].start_row,
         document_masking=config.data.document_masking,
     )
+    kept = evaluate.kept if evaluate is not None else lambda steps: ()
     # Signals are ours until the last checkpoint is whole.
-    with _signals() as stop, saver(run.directory, config.checkpoint) as checkpoints, _writer(run, console) as writer:
+    with (
+        _signals() as stop,
+        saver(run.directory, config.checkpoint, kept) as checkpoints,
+        _writer(run, console) as writer,
+    ):
         log = _Log(run, mesh, writer)
         return _loop(run, state, step_fn, data, checkpoints, log, stop, evaluate)
 
@@ -90,39 +114,46 @@ def _loop(
     checkpoints: Saver,
     log: "_Log",
     stop: "_Stop",
-    evaluate: Evaluate | None,
+    evaluate: Evaluation | None,
 ) -> Result:
     config = run.config
     step = run.start_step
     saved = run.start_step if run.resumed else None
+    stopped = evaluate.stopped if evaluate is not None else None
+
+    def save() -> None:
+        nonlocal saved
+        log.flush()  # a state behind a loss that is not finite is not worth keeping
+        if step != saved:  # the disk would not tell: that save may be under way
+            checkpoints.save(state, run.meta(step))
+            saved = step
 
     def run_evaluation() -> None:
-        if evaluate is not None:
-            log.flush()
-            log.write(step, evaluate(state))
-            if step > run.start_step:  # else the next step compiles, which is no throughput
-                log.restart(step)
+        nonlocal stopped
+        if evaluate is None or not evaluate.due(step):
+            return
+        log.flush()
+        evaluated = evaluate(step, state.params)
+        log.write_evaluation(step, evaluated)
+        stopped = evaluated.stop
+        if evaluated.improved or stopped:
+            save()
+        if step > run.start_step:  # else the next step compiles, which is no throughput
+            log.restart(step)
 
-    if step == 0:
+    if stopped is None:
         run_evaluation()
     log.begin()
-    while step < run.total_steps and not stop.reached(step):
+    while step < run.total_steps and stopped is None and not stop.reached(step):
         state, metrics = step_fn(state, next(data))
         step += 1
         log.later(step, metrics)
         checkpoints.check()
-        if step % config.checkpoint.every == 0 and step < run.total_steps:
-            log.flush()  # a state behind a loss that is not finite is not worth keeping
-            checkpoints.save(state, run.meta(step))
-            saved = step
-        if config.evaluation.every and step % config.evaluation.every == 0 and step < run.total_steps:
-            run_evaluation()
-    log.flush()
-    if step != saved:  # the disk would not tell: that save may be under way
-        checkpoints.save(state, run.meta(step))
-    if step == run.total_steps and step > run.start_step:
+        if step % config.checkpoint.every == 0 or step == run.total_steps:
+            save()
         run_evaluation()
-    return Result(step, state, stop.signal, log.first_step_seconds)
+    save()
+    return Result(step, state, stop.signal, log.first_step_seconds, stopped)
 
 
 class _Log:
@@ -178,6 +209,10 @@ class _Log:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes at once."""
         self._writer.write(step, values)
+
+    def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        """Writes at once."""
+        self._writer.write_evaluation(step, evaluated)
 
     def restart(self, step: int) -> None:
         """Leaves what happened since the last step out of the throughput."""
