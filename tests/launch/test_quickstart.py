@@ -50,7 +50,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def table(output: str) -> str:
-    return output[output.index("bits per byte  ") :]
+    return output[output.rindex("bits per byte  ") :]
 
 
 def test_it_ends_with_what_was_learned_and_where_it_is(done: tuple[Path, str]) -> None:
