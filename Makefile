@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp lint format types clean
+.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm lint format types clean
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
@@ -24,6 +24,9 @@ test-llama-cpp: $(VENV)/.installed-test ## our GGUF files against llama.cpp itse
 test-cluster: $(VENV)/.installed-test   ## preparing on Slurm (where sinfo finds one) and on Ray, and 300 kills
 	$(PIP) --editable '.[ray,test]'
 	TLITE_CLUSTER=1 TLITE_KILLS=300 $(BIN)/python -m pytest -s tests/data/test_cluster.py tests/data/test_workers.py
+
+test-slurm: $(VENV)/.installed-test     ## submit, preempt, lose a node: on a real Slurm, started in a scratch directory (root)
+	TLITE_TEST_SLURM=1 $(BIN)/python -m pytest -s -rs tests/slurm
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "prepare",
     "mixture": "mixture",
     "plan": "plan",
+    "submit": "submit",
     "train": "train",
     "eval": "eval_",
     "generate": "generate",

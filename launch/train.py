@@ -26,7 +26,8 @@ def main(
     """Train a run, or go on with it: the same command does both.
 
     Under Slurm, Open MPI, Kubernetes, torchrun or on a TPU pod the processes of a job find each other.
-    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop, with exit status 75 (start me again) and 130.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop, with exit status 75 (start me again) and 130; a process
+    that loses another one ends with 76 (start me again).
 
     Example: python -m launch train configs/tlite_8b_stage1.yaml checkpoint.every=250 mesh.replica=12
     """
@@ -38,6 +39,7 @@ def main(
     initialize(coordinator, num_processes, process_id)
     import jax
 
+    from launch.lost_peer import restart_when_alone
     from launch.mesh_fit import check_world
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
@@ -48,7 +50,8 @@ def main(
     check_evaluation(loaded)
     if loaded.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
-    result = train_run(open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change))
+    with restart_when_alone():
+        result = train_run(open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change))
     ignore_signals()
     if result.stopped is not None:
         raise typer.Exit(EXIT_FAILED)
