@@ -88,19 +88,18 @@ exit "$(cat status)"
 
 
 def run_script(
-    script: Path, directory: Path, status: int, restarts: int = 0, state: str = "RUNNING", **variables: str
+    script: Path, directory: Path, status: int, restarts: int = 0, job: str = "JobState=RUNNING EndTime=Unknown"
 ) -> int:
     """Runs a job script as slurmd would, with an srun that ends so; scontrol notes what it is asked."""
     (directory / "status").write_text(str(status))
     tool(directory, "srun", f"cd {directory}\n{SRUN}")
-    state = f"JobId=7 JobName=x JobState={state} Reason=None"
-    tool(directory, "scontrol", f"case $1 in requeue) echo $@ > {directory}/scontrol.words ;; *) echo {state} ;; esac")
+    case = f"case $1 in requeue) echo $@ > {directory}/scontrol.words ;; *) echo 'JobId=7 {job} NumNodes=12' ;; esac"
+    tool(directory, "scontrol", case)
     environment = {
         "PATH": f"{directory}/bin:/usr/bin:/bin",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n[1-12]",
         "SLURM_RESTART_COUNT": str(restarts),
-        **variables,
     }
     return subprocess.run(["bash", str(script)], env=environment, capture_output=True, check=False).returncode
 
@@ -158,7 +157,7 @@ def test_a_cancelled_job_is_not_requeued(submit: Callable[..., Ended], tmp_path:
     tool(tmp_path, "sbatch", "echo 41")
     assert submit("--cluster", "slurm", "--no-plan").status == 0
     script = tmp_path / "runs" / "stage1.jobs" / "1" / "job.sh"
-    assert run_script(script, tmp_path, 75, state="CANCELLED") == 75
+    assert run_script(script, tmp_path, 75, job="JobState=COMPLETING EndTime=Unknown") == 75
     assert not (tmp_path / "scontrol.words").exists()
 
 
@@ -170,9 +169,11 @@ def test_a_chain_hands_over_at_the_end_of_its_time(submit: Callable[..., Ended],
     assert json.loads(ended.out) == submitted
     dependencies = [line.split() for line in (tmp_path / "sbatch.words").read_text().splitlines()]
     assert [words[1:-1] for words in dependencies] == [[], ["--dependency=afterany:1"], ["--dependency=afterany:2"]]
-    assert run_script(script, tmp_path, 75, SLURM_JOB_END_TIME="1000") == 75  # long past: the next one goes on
+    assert (
+        run_script(script, tmp_path, 75, job="JobState=RUNNING EndTime=2020-01-01T00:00:00") == 75
+    )  # long past: the next one goes on
     assert not (tmp_path / "scontrol.words").exists()
-    assert run_script(script, tmp_path, 75, SLURM_JOB_END_TIME="99999999999") == 0  # preempted with time left
+    assert run_script(script, tmp_path, 75, job="JobState=RUNNING EndTime=2099-01-01T00:00:00") == 0  # preempted early
     assert (tmp_path / "scontrol.words").exists()
 
 

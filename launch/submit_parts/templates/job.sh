@@ -43,9 +43,11 @@ case $status in
         exit "$status"
         ;;
 esac
-case $(scontrol --oneliner show job "$SLURM_JOB_ID") in
-    *JobState=CANCELLED*)
-        echo "cancelled, and so not requeued: $why"
+job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+case $job in
+    *" JobState=RUNNING "*) ;;
+    *)
+        echo "not requeued: $why, but Slurm itself is ending this job (cancelled, or out of time)"
         exit "$status"
         ;;
 esac
