@@ -11,7 +11,10 @@ quickstart: $(VENV)/.installed          ## adapt a small real model to Russian o
 test: lint types                        ## lint, types, tests
 	$(BIN)/python -m pytest
 
-test-smollm2: $(VENV)/.installed-test   ## the tests that need the real weights (a download of 93 MB)
+test-eval: $(VENV)/.installed-eval      ## the tests that need lm-evaluation-harness (200 MB installed)
+	$(BIN)/python -m pytest tests/evaluate tests/launch/test_eval_command.py
+
+test-smollm2: $(VENV)/.installed-eval   ## the tests that need the real weights (a download of 93 MB)
 	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
 	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s -k smollm2
 
@@ -47,6 +50,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 # setup.cfg pins torch, the reference of the parity tests: a range would take whatever is newest, with its CUDA packages.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
+	touch $@
+
+# Not part of the test extra: pandas, scikit-learn and nltk come with it.
+$(VENV)/.installed-eval: $(VENV)/.installed-test
+	$(PIP) --editable '.[test,test-eval]'
 	touch $@
 
 clean:

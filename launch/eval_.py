@@ -21,11 +21,54 @@ def main(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Per bucket; default: all held out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-evaluation-harness tasks, groups, patterns or YAML files, with commas.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples; default: each task's own.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Documents of each task, or a share below 1; default: all.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for results.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory of task YAML files.")] = None,
+    log_samples: Annotated[bool, typer.Option("--log-samples", help="Write every document's answers.")] = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Prompts as a conversation.")
+    ] = False,
+    fewshot_as_multiturn: Annotated[bool, typer.Option(help="Examples as turns of the conversation.")] = True,
+    system_instruction: Annotated[str | None, typer.Option(help="Before everything.")] = None,
+    gen_kwargs: Annotated[str | None, typer.Option(help="name=value,... over each task's own.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of few-shot choice and of draws.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="At a time on each device; default: 4096.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of context; default: the model's.")] = None,
 ) -> None:
-    """Measure bits per byte on held-out text, per bucket and language.
+    """Measure bits per byte on held-out text, per bucket and language; or run lm-evaluation-harness's tasks.
 
     Example: python -m launch eval runs/quickstart/run --json
+    Example: python -m launch eval runs/tlite_8b --tasks arc_easy,mmlu --num-fewshot 5 --output results
     """
+    if tasks is not None:
+        from launch.eval_tasks import evaluate_tasks
+
+        evaluate_tasks(
+            checkpoint,
+            step=step,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
+            as_json=as_json,
+            tasks=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            output=output,
+            include_path=include_path,
+            log_samples=log_samples,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+            system_instruction=system_instruction,
+            gen_kwargs=gen_kwargs,
+            seed=seed,
+        )
+        return
     from rich.console import Console
     from rich.table import Table
 

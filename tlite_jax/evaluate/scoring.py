@@ -48,7 +48,11 @@ class Scored:
 
 
 class NonFiniteError(FloatingPointError):
-    """A model gave a log-probability that is not finite; names the request."""
+    """A model gave a log-probability that is not finite; names the request, by its number."""
+
+    def __init__(self, message: str, request: int):
+        super().__init__(message)
+        self.request = request
 
 
 class Scorer:
@@ -120,9 +124,10 @@ class Scorer:
             if not _is_finite(batch[0], alone):
                 raise NonFiniteError(
                     f"request {number}: a log-probability is {float(np.min(alone[0].logprobs))}; the model's weights "
-                    "are damaged, or too large for its dtype"
+                    "are damaged, or too large for its dtype",
+                    number,
                 )
-        raise NonFiniteError(f"a batch with request {numbers[0]}: a log-probability is not finite")
+        raise NonFiniteError(f"a batch with request {numbers[0]}: a log-probability is not finite", numbers[0])
 
     def _scoring(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> Scoring:
         if not context or not continuation:

@@ -106,7 +106,15 @@ def choose(
     logits_BV = logits_BV / values.temperature
     if traits.filters:
         logits_BV = keep_likely(logits_BV, values.top_k, values.top_p)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    return _draw(keys_B, logits_BV)
+
+
+def _draw(keys_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    """A token of each distribution: where its cumulative probability passes a uniform number."""
+    cumulative_BV = jnp.cumsum(jax.nn.softmax(logits_BV, axis=-1), axis=-1)
+    uniform_B1 = jax.vmap(jax.random.uniform)(keys_B)[:, None]
+    # Tokens without probability add nothing to the sum, so they are never where it passes.
+    return jnp.sum(cumulative_BV <= uniform_B1 * cumulative_BV[:, -1:], axis=-1, dtype=jnp.int32)
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
