@@ -6,6 +6,7 @@ on nothing else. A document is removed when it resembles one that stays, never b
 """
 
 import re
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,7 +99,7 @@ def near_duplicates(
     places, groups = _agreements(bands, documents, banding(config)[0])
     edges = _edges(places)
     kept = _KeptOfGroups(int(groups.max(initial=0)) + 1, places)
-    found: list[tuple[int, int, float]] = []
+    removed, stays, similarities = array("q"), array("q"), array("d")
     for number in range(len(edges) - 1):
         start, end = int(edges[number]), int(edges[number + 1])
         mine = groups[start:end]
@@ -106,13 +107,14 @@ def near_duplicates(
         document = int(documents[places[start]])
         similarity, other = _most_similar(signature, document, others)
         if similarity >= config.threshold:
-            found.append((document, other, similarity))
+            removed.append(document)
+            stays.append(other)
+            similarities.append(similarity)
         else:
             kept.insert(start, mine)
         if progress and (number % 1000 == 0 or number + 2 == len(edges)):
             progress(number + 1, len(edges) - 1)
-    removed, stay, similarities = zip(*found, strict=True) if found else ((), (), ())
-    return NearDuplicates(np.array(removed, np.int64), np.array(stay, np.int64), np.array(similarities))
+    return NearDuplicates(np.array(removed, np.int64), np.array(stays, np.int64), np.array(similarities, np.float64))
 
 
 def _agreements(
@@ -151,10 +153,10 @@ def _edges(places: npt.NDArray[np.uint32]) -> Ints:
 def _most_similar(signature: Callable[[int], npt.NDArray[np.uint32]], document: int, others: Ints) -> tuple[float, int]:
     if not others.size:
         return 0.0, -1
-    mine = signature(document)
-    similarities = [float(np.mean(signature(other) == mine)) for other in others.tolist()]
-    best = max(range(len(similarities)), key=lambda index: similarities[index])
-    return similarities[best], int(others[best])
+    agree = np.stack([signature(other) for other in others.tolist()]) == signature(document)
+    similarities = agree.mean(axis=1)
+    best = int(np.argmax(similarities))
+    return float(similarities[best]), int(others[best])
 
 
 class _KeptOfGroups:
@@ -167,21 +169,19 @@ class _KeptOfGroups:
 
     def find(self, groups: npt.NDArray[np.uint32]) -> Ints:
         """Returns the kept places of groups, each once, ascending."""
-        found: set[int] = set()
-        for group in groups.tolist():
-            agreement = self._first[group]
-            for _ in range(_MAX_COMPARED):
-                if agreement == _NONE:
-                    break
-                found.add(int(self._places[agreement]))
-                agreement = self._next[agreement]
-        return np.array(sorted(found), np.int64)
+        found, agreements = [], self._first[groups]
+        for _ in range(_MAX_COMPARED):
+            agreements = agreements[agreements != _NONE]
+            if not agreements.size:
+                break
+            found.append(agreements)
+            agreements = self._next[agreements]
+        return np.unique(self._places[np.concatenate(found)]).astype(np.int64) if found else np.empty(0, np.int64)
 
     def insert(self, start: int, groups: npt.NDArray[np.uint32]) -> None:
         """Adds agreements start..start+len(groups)-1, one to each group."""
-        for agreement, group in enumerate(groups.tolist(), start):
-            if self._first[group] == _NONE:
-                self._first[group] = agreement
-            else:
-                self._next[self._last[group]] = agreement
-            self._last[group] = agreement
+        agreements = np.arange(start, start + len(groups), dtype=np.uint32)
+        is_first = self._first[groups] == _NONE
+        self._first[groups[is_first]] = agreements[is_first]
+        self._next[self._last[groups[~is_first]]] = agreements[~is_first]
+        self._last[groups] = agreements

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +83,8 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Returns uint32 [tokens] for each text, document_start and document_end included."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(self._start + encoding.ids + self._end, np.uint32) for encoding in encodings]
+        # By way of array: numpy takes twice as long to read a list of Python's integers.
+        return [np.frombuffer(array("I", self._start + encoding.ids + self._end), np.uint32) for encoding in encodings]
 
 
 def _definition(directory: Path) -> str:
