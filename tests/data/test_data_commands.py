@@ -1,6 +1,7 @@
 """`prepare` and `mixture` as a user calls them."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,3 +126,33 @@ def test_the_recipes_of_8b_are_planned_without_data(stage: int, tokens: float) -
         assert values["batches"] == 9_536
         assert epochs["books.ru"] == pytest.approx(3, abs=1e-4)
         assert epochs["cc.ru.ads"] < 0.05 < epochs["cc.ru.news"] < 0.2
+
+
+def test_what_a_cluster_needs_is_said(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--executor slurm needs --partition"):
+        call("prepare", "--executor", "slurm")
+    with pytest.raises(UserError, match="--sbatch account: write option=value"):
+        call("prepare", "--executor", "slurm", "--partition", "cpu", "--sbatch", "account")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--executor ray needs 'ray': pip install 'tlite_jax\[ray\]'"):
+        call("prepare", "--executor", "ray")
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    with pytest.raises(UserError, match=r"--executor local needs 'datatrove': pip install 'tlite_jax\[data\]'"):
+        call("prepare", "--executor", "local")
+
+
+def test_prepare_says_what_it_removed(call: Callable[..., str], tmp_path: Path) -> None:
+    question = " ".join(f"слово{number}" for number in range(20))
+    write_jsonl(tmp_path / "quiz.jsonl", [{"question": question}])
+    with (tmp_path / "ru.jsonl").open("a") as file:
+        file.write("{broken\n" + json.dumps({"text": f"Вопрос: {question}"}) + "\n")
+    quiz = f"{{name: quiz, paths: [{tmp_path}/quiz.jsonl], text_fields: [question]}}"
+    said = call("prepare", f"data.prepare.decontaminate={{sets: [{quiz}]}}")
+    for line in (
+        "quarantined from ru: 1 (malformed JSON)",
+        "evaluation set quiz: 1 items",
+        "repeated quiz in ru: 1 dropped",
+        f"each is listed in {tmp_path}/buckets/contamination.jsonl",
+        "no token of a document is lost",
+    ):
+        assert line in said

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tlite_jax.data import prepare as prepare_module
 from tlite_jax.data.assemble import Assembler
 from tlite_jax.data.buckets import BucketStore, read_held_out
 from tlite_jax.data.documents import Shard
+from tlite_jax.data.preparation import Preparation
 from tlite_jax.data.prepare import prepare
 from tlite_jax.errors import UserError
 
@@ -252,6 +254,28 @@ def test_near_duplicates_go_and_are_listed(run_config: Build, tokenizer_dir: Pat
     kept = {line["removed"].rsplit(":", 1)[1]: line["kept"].rsplit(":", 1)[1] for line in lines}
     assert kept["122"] == kept["123"] == "121"
     assert all(line["kind"] == "near" and line["similarity"] >= 0.7 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "signatures.bin", "bands.bin", "quarantine.jsonl"])
+def test_a_flipped_bit_in_a_finished_shard_is_not_joined(
+    name: str, run_config: Build, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    texts = [*RU[:20], " ".join(RUSSIAN), " ".join(RUSSIAN) + " И ещё слово."]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, ""]])
+    todo = {"near_duplicates": {"threshold": 0.7}, "max_quarantine_rate": 0.1}
+    config = run_config([{"name": "a", "paths": [str(path)]}], prepare=todo)
+
+    def flip(preparation: Preparation, progress: Callable) -> None:
+        prepare_module.run_here(preparation, progress)
+        (shard,) = (config.data.buckets / ".shards").glob(f"[0-9a-f]*/{name}")
+        data = bytearray(shard.read_bytes())
+        data[-2 if name == "quarantine.jsonl" else len(data) // 2] ^= 4
+        shard.write_bytes(data)
+
+    with pytest.raises(UserError, match=rf"{name} is damaged; remove .* and start again"):
+        prepare(config, tokenizer_dir, run_shards=flip)
+    shutil.rmtree(next((config.data.buckets / ".shards").glob(f"[0-9a-f]*/{name}")).parent)
+    assert prepare(config, tokenizer_dir).documents_read == 22
 
 
 def test_a_source_of_duplicates_only_is_said(run_config: Build, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -105,12 +105,16 @@ class TokenizedShard:
         return self.manifest["contaminated"]
 
     def _listed(self, name: str) -> Iterator[dict[str, Any]]:
+        self._map(name, np.dtype(np.uint8))
         with (self.directory / name).open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
 
     def _map(self, name: str, dtype: np.dtype[Any], *, verify: bool = True) -> npt.NDArray[Any]:
-        return map_array(self.directory / name, dtype, self.manifest["files"][name], verify=verify)
+        try:
+            return map_array(self.directory / name, dtype, self.manifest["files"][name], verify=verify)
+        except UserError as error:
+            raise UserError(f"{self.directory / name} is damaged; remove {self.directory} and start again") from error
 
 
 def shard_key(shard: Shard, settings: ShardSettings) -> str:
