@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from tlite_jax.bridge.files import shown
+from tlite_jax.bridge.files import listed
 from tlite_jax.bridge.names import Slot, slots
 from tlite_jax.bridge.safetensors_io import OutgoingTensor, StoredTensor
 from tlite_jax.config import ModelConfig
@@ -55,20 +55,50 @@ def no_report(done: int, total: int) -> None:
     """The default of `report` arguments."""
 
 
+def expected_slots(model: ModelConfig, stored: Mapping[str, StoredTensor], origin: Path) -> tuple[Slot, ...]:
+    """`names.slots`, once the file has a tensor for each layer at all: a config may announce any number of layers.
+
+    Raises:
+      UserError: it has fewer tensors than the config has layers.
+    """
+    if model.num_hidden_layers > len(stored):
+        raise UserError(
+            f"{origin}: {len(stored)} tensors for the {model.num_hidden_layers} layers that its config describes"
+        )
+    return slots(model)
+
+
+class Mismatches(NamedTuple):
+    """How a file's tensors differ from those that its config describes."""
+
+    missing: list[str]
+    extra: list[str]
+    misshapen: list[str]  # with both shapes
+
+
+def mismatches(
+    wanted: Mapping[str, Slot], stored: Mapping[str, StoredTensor], harmless: Iterable[str] = ()
+) -> Mismatches:
+    """Compares names and shapes."""
+    return Mismatches(
+        [name for name in wanted if name not in stored],
+        sorted(stored.keys() - wanted.keys() - set(harmless)),
+        [
+            f"{name} is {list(stored[name].shape)} instead of {list(slot.shape)}"
+            for name, slot in wanted.items()
+            if name in stored and stored[name].shape != slot.shape
+        ],
+    )
+
+
 def match_names(
     wanted: Mapping[str, Slot], stored: Mapping[str, StoredTensor], origin: Path, harmless: Iterable[str] = ()
 ) -> None:
-    """Raises one UserError that names every missing, extra and misshapen tensor."""
-    missing = [name for name in wanted if name not in stored]
-    extra = [shown(name) for name in sorted(stored.keys() - wanted.keys() - set(harmless))]
-    misshapen = [
-        f"{name} is {list(stored[name].shape)} instead of {list(slot.shape)}"
-        for name, slot in wanted.items()
-        if name in stored and stored[name].shape != slot.shape
-    ]
+    """Raises one UserError that names every missing, extra and misshapen tensor (the first twenty of each)."""
+    found = mismatches(wanted, stored, harmless)
     problems = [
-        f"{label}: {', '.join(names)}"
-        for label, names in (("missing", missing), ("extra", extra), ("wrong shape", misshapen))
+        f"{label}: {listed(names)}"
+        for label, names in zip(("missing", "extra", "wrong shape"), found, strict=True)
         if names
     ]
     if problems:

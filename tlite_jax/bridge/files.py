@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,22 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     Raises:
       UserError: missing, too large, not UTF-8 JSON, not an object, or a key given twice.
     """
+    return parse_json(read_bounded(path, max_bytes), str(path))
+
+
+def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Reads a file whole.
+
+    Raises:
+      UserError: missing or too large.
+    """
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise UserError(f"{path}: {size} bytes; such a file has at most {max_bytes}")
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return parse_json(content, str(path))
 
 
 def parse_json(content: bytes, origin: str) -> dict[str, Any]:
@@ -38,8 +46,8 @@ def parse_json(content: bytes, origin: str) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             counts = collections.Counter(name for name, _ in pairs)
-            repeated = sorted(shown(name) for name, count in counts.items() if count > 1)
-            raise UserError(f"{origin}: given twice: {', '.join(repeated)}")
+            repeated = sorted(name for name, count in counts.items() if count > 1)
+            raise UserError(f"{origin}: given twice: {listed(repeated)}")
         return values
 
     try:
@@ -58,6 +66,13 @@ def shown(name: str) -> str:
     return name if name.isprintable() and len(name) <= 200 else repr(name[:200])
 
 
+def listed(names: Iterable[str], limit: int = 20) -> str:
+    """Names from a file, fit for one line of an error, however many."""
+    every = list(names)
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(map(shown, every[:limit])) + more
+
+
 def contained(directory: Path, name: str, origin: str) -> Path:
     """Returns the regular file `name` in `directory`, whoever chose the name.
 
@@ -67,7 +82,7 @@ def contained(directory: Path, name: str, origin: str) -> Path:
       UserError: not a bare file name, not there, or a link that leads outside.
     """
     if name in ("", ".", "..") or name != os.path.basename(name) or "\\" in name or "\0" in name:
-        raise UserError(f"{origin}: {name!r} is not a bare file name; files lie beside the index")
+        raise UserError(f"{origin}: {shown(name)!r} is not a bare file name; files lie beside the index")
     path = directory / name
     if not path.is_file():
         raise UserError(f"{origin}: {name!r} is missing in {directory}")

@@ -16,13 +16,15 @@ from tlite_jax.bridge.assemble import (
     Imported,
     Report,
     WeightsDtype,
+    expected_slots,
     main_dtype,
     match_names,
     no_report,
     stack,
 )
+from tlite_jax.bridge.files import shown
 from tlite_jax.bridge.gguf_metadata import INITIALIZER_KEY, SCALING_KEY, rope_scaling_from
-from tlite_jax.bridge.names import Slot, rows_from_gguf, slots
+from tlite_jax.bridge.names import Slot, rows_from_gguf
 from tlite_jax.bridge.safetensors_io import StoredTensor
 from tlite_jax.bridge.tokenizer import check_vocabulary, tokenizer_from_gguf
 from tlite_jax.config import Llama3RopeScaling, ModelConfig
@@ -71,7 +73,7 @@ def import_gguf(source: Path, report: Report = no_report) -> Imported:
     model = model_config_from_gguf(metadata, stored, str(source))
     tokenizer = tokenizer_from_gguf(metadata, str(source))
     check_vocabulary(tokenizer, model, str(source))
-    wanted = {slot.gguf: slot for slot in slots(model)}
+    wanted = {slot.gguf: slot for slot in expected_slots(model, stored, source)}
     match_names(wanted, stored, source, harmless=(ROPE_FACTORS,))
     params = stack(wanted, stored, _read_slot, report)
     main = main_dtype((stored[name].dtype, stored[name].shape) for name in wanted)
@@ -90,12 +92,12 @@ def model_config_from_gguf(metadata: Mapping[str, Any], stored: Mapping[str, Sto
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{origin}: architecture {architecture!r} is not supported, only 'llama' is")
+        raise UserError(f"{origin}: architecture {shown(repr(architecture))} is not supported, only 'llama' is")
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"llama.{key}", default)
 
-    differing = [f"llama.{key}: {get(key)!r}" for key, plain in _PLAIN.items() if get(key, plain) != plain]
+    differing = [f"llama.{key}: {shown(repr(get(key)))}" for key, plain in _PLAIN.items() if get(key, plain) != plain]
     if differing:
         raise UserError(f"{origin}: not a plain Llama model; fields that differ: {', '.join(differing)}")
     if missing := [f"llama.{key}" for key in _KEYS.values() if get(key) is None]:
@@ -103,12 +105,16 @@ def model_config_from_gguf(metadata: Mapping[str, Any], stored: Mapping[str, Sto
     values = {ours: _short_float(get(key)) for ours, key in _KEYS.items()}
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     if type(heads) is not int or type(hidden) is not int or heads < 1:
-        raise UserError(f"{origin}: llama.attention.head_count is {heads!r}; layers that differ are not supported")
+        raise UserError(
+            f"{origin}: llama.attention.head_count is {shown(repr(heads))}; layers that differ are not supported"
+        )
     values["num_key_value_heads"] = get("attention.head_count_kv", heads)
     head_dim = values["head_dim"] = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, head_dim) != head_dim:
-            raise UserError(f"{origin}: llama.{key} is {get(key)}, heads have {head_dim} dims; this is not supported")
+            raise UserError(
+                f"{origin}: llama.{key} is {shown(repr(get(key)))}, heads have {head_dim} dims; this is not supported"
+            )
     embedding = stored.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise UserError(f"{origin}: token_embd.weight is missing or not a matrix")

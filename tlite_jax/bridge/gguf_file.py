@@ -6,6 +6,7 @@ tensor types and undoes their quantisation here. Format: https://github.com/ggml
 
 import math
 import struct
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -13,12 +14,14 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
-from tlite_jax.bridge.safetensors_io import StoredTensor
+from tlite_jax.bridge.files import shown
+from tlite_jax.bridge.safetensors_io import Problem, StoredTensor
 from tlite_jax.errors import UserError
 
 # Llama-3's header has 0.7 million items in 8 MB.
 MAX_HEADER_BYTES = 256 << 20
-MAX_ITEMS = 8_000_000
+MAX_ITEMS = 4_000_000
+MAX_TENSORS = 100_000
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # value type -> struct's code
 _STRING, _ARRAY = 8, 9
@@ -49,6 +52,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         with path.open("rb") as file:
             header = Header(path, file, size)
             metadata, tensors, begin = header.read()
+            for problem in layout_problems(tensors, size - begin):
+                header.fail(problem.text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     stored = {}
@@ -59,17 +64,40 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     return metadata, stored
 
 
-def _read(path: Path, begin: int, tensor: TensorEntry) -> np.ndarray:
+def layout_problems(tensors: Sequence[TensorEntry], data_bytes: int) -> Iterator[Problem]:
+    """Tensors that overlap or leave the file.
+
+    Args:
+      tensors: the header's entries.
+      data_bytes: the file's size from where the data begins.
+    """
+    end, before = 0, ""
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
+            text = f"tensors {shown(before)!r} and {shown(tensor.name)!r} overlap"
+            yield Problem(text, tensor.offset, end - tensor.offset)
+        reached = tensor.offset + tensor.num_bytes
+        if reached > data_bytes:
+            begin = min(tensor.offset, max(data_bytes, 0))
+            text = f"tensor {shown(tensor.name)!r} leaves the file; fetch it again"
+            yield Problem(text, begin, reached - begin)
+        if reached >= end:
+            end, before = reached, tensor.name
+
+
+def _read(path: Path, begin: int, tensor: TensorEntry, rows: slice) -> np.ndarray:
     from gguf import dequantize, quant_shape_to_byte_shape
 
     if tensor.num_bytes == 0:
         return np.empty(tensor.shape, np.float32)
     mapped = np.memmap(path, np.uint8, "r", begin + tensor.offset, (tensor.num_bytes,)).view(np.ndarray)
     if (dtype := _FLOATS.get(tensor.kind.name)) is not None:
-        return mapped.view(dtype).reshape(tensor.shape)
+        return mapped.view(dtype).reshape(tensor.shape)[rows]
     try:
-        blocks = mapped.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
-        return dequantize(blocks, tensor.kind).reshape(tensor.shape)
+        blocks = mapped.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))[rows]
+        # Scales of damaged blocks may be anything; what they lead to is the caller's to judge.
+        with np.errstate(all="ignore"):
+            return dequantize(blocks, tensor.kind).reshape(blocks.shape[:-1] + tensor.shape[-1:])
     except (NotImplementedError, KeyError, ValueError) as error:
         raise UserError(f"{path}: {tensor.name} is {tensor.kind.name}, which gguf cannot undo") from error
 
@@ -94,25 +122,16 @@ class Header:
             if key in metadata:
                 self.fail(f"{key!r} is given twice")
             metadata[key] = self.value(*self.unpack("I"))
+        if num_tensors > MAX_TENSORS:
+            self.fail(f"it announces {num_tensors} tensors; more than {MAX_TENSORS} are refused")
         tensors = [self.tensor() for _ in range(self.count(num_tensors))]
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            self.fail("a tensor is listed twice")
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             self.fail(f"alignment {alignment!r} is not a power of two")
         begin = -(-self.position // alignment) * alignment
-        self.check_tensors(tensors, begin)
         return metadata, tensors, begin
-
-    def check_tensors(self, tensors: list[TensorEntry], begin: int) -> None:
-        """They have different names, lie in the file and do not overlap."""
-        if len({tensor.name for tensor in tensors}) < len(tensors):
-            self.fail("a tensor is listed twice")
-        end, before = 0, ""
-        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
-            if tensor.offset < end:
-                self.fail(f"tensors {before!r} and {tensor.name!r} overlap")
-            end, before = tensor.offset + tensor.num_bytes, tensor.name
-            if begin + end > self.size:
-                self.fail(f"tensor {tensor.name!r} leaves the file; fetch it again")
 
     def value(self, kind: int) -> Any:
         """A metadata value: a scalar, a string, or a list of either."""

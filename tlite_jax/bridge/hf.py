@@ -18,6 +18,7 @@ from tlite_jax.bridge.assemble import (
     Params,
     Report,
     WeightsDtype,
+    expected_slots,
     harmless_extras,
     main_dtype,
     match_names,
@@ -27,7 +28,6 @@ from tlite_jax.bridge.assemble import (
 )
 from tlite_jax.bridge.files import contained, new_directory, parse_json, read_json
 from tlite_jax.bridge.hf_config import hf_config, model_config_from_hf
-from tlite_jax.bridge.names import slots
 from tlite_jax.bridge.safetensors_io import StoredTensor
 from tlite_jax.bridge.tokenizer import GENERATION, TOKEN_IDS, TOKENIZER, check_vocabulary, read_files, read_tokenizer
 from tlite_jax.config import ModelConfig
@@ -57,7 +57,7 @@ def import_hf(source: Path, report: Report = no_report) -> Imported:
     tokenizer = read_tokenizer(directory, config)
     check_vocabulary(tokenizer, model, str(directory))
     stored = _stored_tensors(source)
-    wanted = {slot.hugging_face: slot for slot in slots(model)}
+    wanted = {slot.hugging_face: slot for slot in expected_slots(model, stored, source)}
     harmless = harmless_extras(stored, model, source)
     match_names(wanted, stored, source, harmless)
     for name in wanted:
@@ -176,10 +176,11 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: Any, rows: slice) -> np.ndarray:
     import torch
 
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach()
+    tensor = (tensor[rows] if tensor.ndim else tensor).contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(WEIGHT_DTYPES["bfloat16"])
     return tensor.numpy()

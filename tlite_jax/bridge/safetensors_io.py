@@ -7,7 +7,7 @@ over huge headers). Format: https://github.com/huggingface/safetensors#format
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tlite_jax.bridge.files import contained, parse_json, read_json, shown
+from tlite_jax.bridge.files import contained, listed, parse_json, read_json, shown
 from tlite_jax.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,7 +38,11 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 MAX_DIMS = 8
+MAX_TENSORS = 100_000  # Llama-3-405B has 1,138
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,28 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str  # numpy's or ml_dtypes' name, or the format's own (a quantisation)
-    read: Callable[[], np.ndarray]
+    read_rows: Callable[[slice], np.ndarray]
+
+    def read(self, rows: slice = ALL_ROWS) -> np.ndarray:
+        """Returns rows of it, all by default; a scalar has none and is read whole."""
+        return self.read_rows(rows)
+
+
+class Span(NamedTuple):
+    """Where a tensor lies in a file's data, as its header says."""
+
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Problem(NamedTuple):
+    """Why a file's layout is refused: a place in its data."""
+
+    text: str
+    begin: int
+    size: int
 
 
 class OutgoingTensor(NamedTuple):
@@ -70,6 +95,25 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
       UserError: truncated, or a header that is too long, not JSON, repeats a name, knows no such dtype, or whose
         tensors leave the file, overlap or leave holes.
     """
+    spans, data_begin, size = read_spans(path)
+    for problem in layout_problems(spans, size - data_begin):
+        raise UserError(f"{path}: {problem.text}")
+    return {
+        name: StoredTensor(span.shape, span.dtype.name, partial(_read, path, data_begin + span.begin, span))
+        for name, span in spans.items()
+    }
+
+
+def read_spans(path: Path) -> tuple[dict[str, Span], int, int]:
+    """Reads the header alone.
+
+    Returns:
+      Each tensor's place, where the data begins, and the file's size; whether the places make sense, `layout_problems`
+      says.
+
+    Raises:
+      UserError: as `read_file`, but for places.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -85,12 +129,9 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     header.pop("__metadata__", None)
-    spans = {name: _span(path, name, entry) for name, entry in header.items()}
-    _check_cover(path, spans, size - 8 - header_bytes)
-    return {
-        name: StoredTensor(shape, dtype.name, partial(_read, path, 8 + header_bytes + begin, shape, dtype))
-        for name, (begin, _, shape, dtype) in spans.items()
-    }
+    if len(header) > MAX_TENSORS:
+        raise UserError(f"{path}: its header lists {len(header)} tensors; more than {MAX_TENSORS} are refused")
+    return {name: _span(path, name, entry) for name, entry in header.items()}, 8 + header_bytes, size
 
 
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
@@ -121,7 +162,7 @@ def read_index(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> 
     for shard, path in shards.items():
         stored = read(path)
         if wrong := sorted(claims[shard] ^ stored.keys()):
-            raise UserError(f"{index}: disagrees with {shard} about {', '.join(map(shown, wrong))}; fetch both again")
+            raise UserError(f"{index}: disagrees with {shard} about {listed(wrong)}; fetch both again")
         tensors |= stored
     return tensors
 
@@ -176,7 +217,7 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def _span(path: Path, name: str, entry: Any) -> tuple[int, int, tuple[int, ...], np.dtype]:
+def _span(path: Path, name: str, entry: Any) -> Span:
     """The (begin, end, shape, dtype) of a header's entry."""
 
     def whole(values: Any, length: int | None = None) -> bool:
@@ -192,40 +233,48 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, tuple[int, ...],
         or len(entry["shape"]) > MAX_DIMS
         or not whole(entry.get("data_offsets"), 2)
     ):
-        raise UserError(f"{path}: {name!r} lacks a proper shape or data_offsets")
+        raise UserError(f"{path}: {shown(name)!r} lacks a proper shape or data_offsets")
     code = entry.get("dtype")
     if not isinstance(code, str) or code not in DTYPES:
-        raise UserError(f"{path}: {name!r} has dtype {code!r}; known: {', '.join(DTYPES)}")
+        raise UserError(f"{path}: {shown(name)!r} has dtype {shown(repr(code))}; known: {', '.join(DTYPES)}")
     shape, dtype = tuple(entry["shape"]), DTYPES[code]
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: {name!r} has {end - begin} bytes, its shape {list(shape)} in {code} needs others")
-    return begin, end, shape, dtype
+        raise UserError(
+            f"{path}: {shown(name)!r} has {end - begin} bytes, its shape {list(shape)} in {code} needs others"
+        )
+    return Span(begin, end, shape, dtype)
 
 
-def _check_cover(path: Path, spans: dict[str, tuple[int, int, tuple[int, ...], np.dtype]], data_bytes: int) -> None:
-    """The tensors must cover the file's data exactly: no overlap, no hole, nothing outside."""
+def layout_problems(spans: Mapping[str, Span], data_bytes: int) -> Iterator[Problem]:
+    """Where the tensors do not cover the file's data exactly: overlaps, holes, what lies outside.
+
+    Args:
+      spans: from `read_spans`.
+      data_bytes: the file's size without its header.
+    """
     position = 0
     for name, (begin, end, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if end > data_bytes:
-            raise UserError(
-                f"{path}: {name!r} ends at {end}, the file's data at {data_bytes}: truncated, fetch it again"
-            )
+            text = f"{shown(name)!r} ends at {end}, the file's data at {data_bytes}: truncated, fetch it again"
+            yield Problem(text, min(begin, data_bytes), end - min(begin, data_bytes))
         if begin != position:
-            raise UserError(
-                f"{path}: {name!r} begins at {begin}, not at {position}: {'a hole' if begin > position else 'overlap'}"
-            )
-        position = end
-    if position != data_bytes:
-        raise UserError(f"{path}: {data_bytes - position} bytes after the last tensor belong to none")
+            kind = "a hole" if begin > position else "overlap"
+            text = f"{shown(name)!r} begins at {begin}, not at {position}: {kind}"
+            yield Problem(text, min(begin, position), abs(begin - position))
+        position = max(position, end)
+    if position < data_bytes:
+        left = data_bytes - position
+        yield Problem(f"{left} bytes after the last tensor belong to none", position, left)
 
 
-def _read(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Maps a tensor; pages are read as they are touched and may be dropped again."""
-    if math.prod(shape) == 0:
-        return np.empty(shape, dtype)
-    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(math.prod(shape) * dtype.itemsize,))
-    return mapped.view(np.ndarray).view(dtype).reshape(shape)
+def _read(path: Path, offset: int, span: Span, rows: slice) -> np.ndarray:
+    """Maps rows of a tensor; pages are read as they are touched and may be dropped again."""
+    if math.prod(span.shape) == 0:
+        return np.empty(span.shape, span.dtype)
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(span.end - span.begin,))
+    array = mapped.view(np.ndarray).view(span.dtype).reshape(span.shape)
+    return array[rows] if span.shape else array
 
 
 def _report_all(report: Callable[[int, int], None], before: int, total: int, written: int) -> None:

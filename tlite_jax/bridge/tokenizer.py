@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlite_jax.bridge.files import contained, parse_json
+from tlite_jax.bridge.files import contained, parse_json, read_bounded, shown
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError
 
@@ -53,7 +53,9 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any]) -> dict[str, byte
       UserError: a file that is a link out of the directory, is not JSON, or cannot be converted.
     """
     files = {
-        name: contained(directory, name, str(directory)).read_bytes() for name in CARRIED if (directory / name).exists()
+        name: read_bounded(contained(directory, name, str(directory)))
+        for name in CARRIED
+        if (directory / name).exists()
     }
     if TOKENIZER not in files and any((directory / name).is_file() for name in _SLOW):
         files |= _converted(directory)
@@ -139,10 +141,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: str) -> dict[str, b
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise UserError(
-            f"{origin}: tokenizer {kind!r} is not supported, only byte-level BPE ('gpt2') is; import from HF"
+            f"{origin}: tokenizer {shown(repr(kind))} is not supported, only byte-level BPE ('gpt2') is; import from HF"
         )
-    if pre not in _PRE_TOKENIZERS:
-        raise UserError(f"{origin}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}")
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
+        raise UserError(
+            f"{origin}: pre-tokenizer {shown(repr(pre))} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}"
+        )
     tokens, types, merges = _vocabulary(metadata, origin)
     ids = _named_ids(metadata, len(tokens), origin)
     frame = []
@@ -185,7 +189,7 @@ def _named_ids(metadata: Mapping[str, Any], num_tokens: int, origin: str) -> dic
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
     for name, index in ids.items():
         if index is not None and not (type(index) is int and 0 <= index < num_tokens):
-            raise UserError(f"{origin}: {name} token id {index!r} is not one of {num_tokens} tokens")
+            raise UserError(f"{origin}: {name} token id {shown(repr(index))} is not one of {num_tokens} tokens")
     return ids
 
 
@@ -248,13 +252,15 @@ def _check_gguf(tokens: Sequence[str], merges: Sequence[tuple[str, str]], types:
         raise UserError(f"{origin}: {len(tokens)} tokens and {len(types)} token types; the file is damaged")
     for merge in merges:
         if not {*merge, "".join(merge)} <= vocabulary:
-            raise UserError(f"{origin}: merge {' '.join(merge)!r} has parts that are not tokens; the file is damaged")
+            raise UserError(
+                f"{origin}: merge {shown(' '.join(merge))!r} has parts that are not tokens; the file is damaged"
+            )
 
 
 def _pair(merge: str, origin: str) -> tuple[str, str]:
     left, _, right = merge.partition(" ")
     if not left or not right or " " in right:
-        raise UserError(f"{origin}: merge {merge!r} is not of two tokens; the file is damaged")
+        raise UserError(f"{origin}: merge {shown(merge)!r} is not of two tokens; the file is damaged")
     return left, right
 
 
