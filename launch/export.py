@@ -142,6 +142,7 @@ def export_gguf_files(
     import dataclasses
 
     import tlite_jax
+    from tlite_jax.bridge.checksums import SUFFIX, sums_text
     from tlite_jax.bridge.gguf_export import export_gguf
     from tlite_jax.bridge.gguf_tokenizer import tokenizer_to_gguf
     from tlite_jax.bridge.gguf_types import FILE_TYPES
@@ -171,6 +172,6 @@ def export_gguf_files(
     for file, kind in zip(files, types, strict=True):
         with byte_progress(f"writing {file}") as report:
             sha256 = export_gguf(source, model, file, kind, tokenizer, facts, dtype, report)
-        file.with_name(f"{file.name}.sha256").write_text(f"{sha256}  {file.name}\n", encoding="utf-8")
+        file.with_name(file.name + SUFFIX).write_text(sums_text({file.name: sha256}), encoding="utf-8")
         print(f"{file}: step {found.step} of {found.run}, {file.stat().st_size} bytes, SHA-256 {sha256}")
     return files

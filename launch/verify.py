@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
 
 def main(
-    path: Annotated[Path, typer.Argument(help="Buckets.")],
+    path: Annotated[Path, typer.Argument(help="Buckets, a Hugging Face directory, a GGUF file or several.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Read every byte of PATH and compare it with the checksums that were written with it.
@@ -95,5 +95,33 @@ def _verify_buckets(path: Path, progress: "Progress | None") -> "Verification":
     return verify_buckets(path, progress)
 
 
+def _is_hf_directory(path: Path) -> bool:
+    from tlite_jax.bridge.verify import is_hf_directory
+
+    return is_hf_directory(path)
+
+
+def _verify_hf(path: Path, progress: "Progress | None") -> "Verification":
+    from tlite_jax.bridge.verify import verify_hf
+
+    return verify_hf(path, progress)
+
+
+def _is_gguf(path: Path) -> bool:
+    from tlite_jax.bridge.verify import is_gguf
+
+    return is_gguf(path)
+
+
+def _verify_gguf(path: Path, progress: "Progress | None") -> "Verification":
+    from tlite_jax.bridge.verify import verify_gguf
+
+    return verify_gguf(path, progress)
+
+
 # The first that matches is taken: those with the surer marks come first.
-KINDS = [Kind("buckets", _is_buckets, _verify_buckets)]
+KINDS = [
+    Kind("buckets", _is_buckets, _verify_buckets),
+    Kind("an HF directory", _is_hf_directory, _verify_hf),
+    Kind("a GGUF file", _is_gguf, _verify_gguf),
+]

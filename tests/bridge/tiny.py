@@ -63,14 +63,14 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalL
     return model.to(dtype).eval()
 
 
-def train_tokenizer(pre_tokenizer: Any) -> Tokenizer:
+def train_tokenizer(pre_tokenizer: Any, vocab_size: int = 600) -> Tokenizer:
     """A byte-level BPE tokenizer with three special tokens first, as SmolLM's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=vocab_size,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -4,7 +4,6 @@ Memory holds a few slices of SLICE_VALUES values, whatever the model's size. The
 """
 
 import concurrent.futures
-import hashlib
 import math
 import os
 from collections import deque
@@ -15,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tlite_jax.bridge.assemble import WEIGHT_DTYPES, Report, cast_weights, no_report
+from tlite_jax.bridge.checksums import HashedFile
 from tlite_jax.bridge.files import new_file
 from tlite_jax.bridge.gguf import ROPE_FACTORS, factors_of
+from tlite_jax.bridge.gguf_file import DEFAULT_ALIGNMENT
 from tlite_jax.bridge.gguf_metadata import ReleaseFacts, model_metadata
 from tlite_jax.bridge.gguf_quantize import encode, require_encoder, row_bytes
 from tlite_jax.bridge.gguf_types import tensor_type
@@ -26,7 +27,6 @@ from tlite_jax.config import ModelConfig
 
 SLICE_VALUES = 1 << 22  # 16 MB of float32
 MAX_WORKERS = 32
-_ALIGNMENT = 32  # general.alignment's default, and llama.cpp's
 
 
 class PlannedTensor(NamedTuple):
@@ -82,19 +82,18 @@ def export_gguf(
     require_encoder({tensor.kind for tensor in plan})
     metadata = {**model_metadata(model, file_type, facts), **tokenizer}
     tasks = list(_tasks(plan, model.head_dim))
-    total = sum(tensor.nbytes + -tensor.nbytes % _ALIGNMENT for tensor in plan)
+    total = sum(tensor.nbytes + -tensor.nbytes % DEFAULT_ALIGNMENT for tensor in plan)
     with new_file(destination) as path:
-        _write_header(path, metadata, plan)
-        digest = hashlib.sha256(path.read_bytes())
+        header = _header(path, metadata, plan)
         written = 0
-        with path.open("ab") as file:
+        with HashedFile(path) as file:
+            file.write(header)
             for content in _in_order(_encoder(source, model, round_to), tasks):
-                file.write(content.data)
-                digest.update(content.data)
+                file.write(content)
                 written += content.nbytes
                 report(written, total)
         assert written == total, f"{written} bytes of tensors instead of {total}"
-    return digest.hexdigest()
+    return file.hexdigest()
 
 
 def plan_tensors(model: ModelConfig, file_type: str) -> list[PlannedTensor]:
@@ -117,7 +116,7 @@ def _tasks(plan: Sequence[PlannedTensor], head_dim: int) -> Iterator[_Task]:
         step = num_rows if len(tensor.shape) < 2 else max(SLICE_VALUES // tensor.shape[1] // head_dim, 1) * head_dim
         for begin in range(0, num_rows, step):
             end = min(begin + step, num_rows)
-            yield _Task(tensor, slice(begin, end), -tensor.nbytes % _ALIGNMENT if end == num_rows else 0)
+            yield _Task(tensor, slice(begin, end), -tensor.nbytes % DEFAULT_ALIGNMENT if end == num_rows else 0)
 
 
 def _encoder(source: TensorSource, model: ModelConfig, round_to: str | None) -> Callable[[_Task], np.ndarray]:
@@ -157,8 +156,8 @@ def _in_order(work: Callable[[_Task], np.ndarray], tasks: Sequence[_Task]) -> It
             pool.shutdown(cancel_futures=True)
 
 
-def _write_header(path: Path, metadata: Mapping[str, Any], plan: Sequence[PlannedTensor]) -> None:
-    """Writes all that comes before the tensors' data."""
+def _header(path: Path, metadata: Mapping[str, Any], plan: Sequence[PlannedTensor]) -> bytes:
+    """All that comes before the tensors' data; `path` is written on the way, as the library writes files only."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, metadata["general.architecture"])
@@ -172,8 +171,8 @@ def _write_header(path: Path, metadata: Mapping[str, Any], plan: Sequence[Planne
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    with path.open("ab") as file:
-        file.write(bytes(-file.tell() % _ALIGNMENT))
+    header = path.read_bytes()
+    return header + bytes(-len(header) % DEFAULT_ALIGNMENT)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -22,6 +22,7 @@ from tlite_jax.errors import UserError
 MAX_HEADER_BYTES = 256 << 20
 MAX_ITEMS = 4_000_000
 MAX_TENSORS = 100_000
+DEFAULT_ALIGNMENT = 32
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # value type -> struct's code
 _STRING, _ARRAY = 8, 9
@@ -56,12 +57,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
                 header.fail(problem.text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return metadata, stored_tensors(path, tensors, begin)
+
+
+def stored_tensors(path: Path, tensors: Sequence[TensorEntry], begin: int) -> dict[str, StoredTensor]:
+    """The header's tensors by name, to be read from the file, whose data begins at `begin`."""
     stored = {}
     for tensor in tensors:
         dtype = _FLOATS.get(tensor.kind.name)
         read_tensor = partial(_read, path, begin, tensor)
         stored[tensor.name] = StoredTensor(tensor.shape, dtype.name if dtype else tensor.kind.name, read_tensor)
-    return metadata, stored
+    return stored
 
 
 def layout_problems(tensors: Sequence[TensorEntry], data_bytes: int) -> Iterator[Problem]:
@@ -83,6 +89,20 @@ def layout_problems(tensors: Sequence[TensorEntry], data_bytes: int) -> Iterator
             yield Problem(text, begin, reached - begin)
         if reached >= end:
             end, before = reached, tensor.name
+
+
+def gaps(tensors: Sequence[TensorEntry], data_bytes: int, alignment: int) -> Iterator[Problem]:
+    """What an import bears and llama.cpp does not: tensors out of the header's order; bytes that belong to none."""
+    expected = 0
+    for tensor in tensors:
+        if tensor.offset != expected:
+            text = f"tensor {shown(tensor.name)!r} begins at {tensor.offset}, not at {expected}: llama.cpp refuses that"
+            yield Problem(text, min(tensor.offset, expected), abs(tensor.offset - expected))
+            return
+        expected += tensor.num_bytes + -tensor.num_bytes % alignment
+    if data_bytes > expected:
+        left = data_bytes - expected
+        yield Problem(f"{left} bytes after the last tensor belong to none", expected, left)
 
 
 def _read(path: Path, begin: int, tensor: TensorEntry, rows: slice) -> np.ndarray:
@@ -108,6 +128,7 @@ class Header:
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
         self.position = self.items = 0
+        self.alignment = DEFAULT_ALIGNMENT
 
     def read(self) -> tuple[dict[str, Any], list[TensorEntry], int]:
         """Returns metadata, tensors and where their data begins."""
@@ -127,9 +148,10 @@ class Header:
         tensors = [self.tensor() for _ in range(self.count(num_tensors))]
         if len({tensor.name for tensor in tensors}) < len(tensors):
             self.fail("a tensor is listed twice")
-        alignment = metadata.get("general.alignment", 32)
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             self.fail(f"alignment {alignment!r} is not a power of two")
+        self.alignment = alignment
         begin = -(-self.position // alignment) * alignment
         return metadata, tensors, begin
 

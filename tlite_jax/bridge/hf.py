@@ -26,6 +26,7 @@ from tlite_jax.bridge.assemble import (
     outgoing,
     stack,
 )
+from tlite_jax.bridge.checksums import SUMS_NAME, sha256_of, sums_text
 from tlite_jax.bridge.files import contained, new_directory, parse_json, read_json
 from tlite_jax.bridge.hf_config import hf_config, model_config_from_hf
 from tlite_jax.bridge.safetensors_io import StoredTensor
@@ -138,7 +139,11 @@ def export_hf(
     with new_directory(destination) as directory:
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        safetensors_io.write_directory(directory, tensors, max_shard_bytes, report)
+        sums = safetensors_io.write_directory(directory, tensors, max_shard_bytes, report)
+        for path in directory.iterdir():
+            if path.name not in sums:
+                sums[path.name] = sha256_of(path)
+        (directory / SUMS_NAME).write_text(sums_text(sums), encoding="utf-8")
 
 
 def _stored_tensors(source: Path) -> dict[str, StoredTensor]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tlite_jax.bridge.checksums import HashedFile
 from tlite_jax.bridge.files import contained, listed, parse_json, read_json, shown
 from tlite_jax.errors import UserError
 
@@ -182,7 +183,7 @@ def plan_shards(tensors: Iterable[OutgoingTensor], max_shard_bytes: int) -> list
 
 def write_directory(
     directory: Path, tensors: Sequence[OutgoingTensor], max_shard_bytes: int, report: Callable[[int, int], None]
-) -> None:
+) -> dict[str, str]:
     """Writes model.safetensors, or shards and their index, holding one tensor at a time in memory.
 
     Args:
@@ -190,13 +191,17 @@ def write_directory(
       tensors: what to write, in order.
       max_shard_bytes: of tensor data in one file.
       report: called with (bytes written, bytes in all).
+
+    Returns:
+      SHA-256 of every file of weights, by name.
     """
+    sums: dict[str, str] = {}
     shards = plan_shards(tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     done, total = 0, sum(tensor.nbytes for tensor in tensors)
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard, partial(_report_all, report, done, total))
+        sums[name] = _write_file(directory / name, shard, partial(_report_all, report, done, total))
         done += sum(tensor.nbytes for tensor in shard)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
@@ -206,6 +211,7 @@ def write_directory(
         }
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sums
 
 
 def parse_size(text: str) -> int:
@@ -281,7 +287,8 @@ def _report_all(report: Callable[[int, int], None], before: int, total: int, wri
     report(before + written, total)
 
 
-def _write_file(path: Path, tensors: Sequence[OutgoingTensor], report: Callable[[int], None]) -> None:
+def _write_file(path: Path, tensors: Sequence[OutgoingTensor], report: Callable[[int], None]) -> str:
+    """Returns the file's SHA-256."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     # Wider dtypes first, as the library does, so that every tensor is aligned.
@@ -295,13 +302,14 @@ def _write_file(path: Path, tensors: Sequence[OutgoingTensor], report: Callable[
         position += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         written = 0
         for tensor in ordered:
             array = np.ascontiguousarray(tensor.read())
             assert array.shape == tensor.shape, f"{tensor.name}: {array.shape} instead of {tensor.shape}"
             assert array.dtype == tensor.dtype, f"{tensor.name}: {array.dtype} instead of {tensor.dtype}"
-            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(array)
             written += tensor.nbytes
             report(written)
+    return file.hexdigest()
