@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm lint format types clean
+.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm lint format types clean test-fuzz
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
@@ -18,9 +18,12 @@ test-smollm2: $(VENV)/.installed-eval   ## the tests that need the real weights 
 	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
 	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s -k smollm2
 
+test-fuzz: $(VENV)/.installed-test      ## 20,000 spoiled model files
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.bridge.fuzzing --count 20000
+
 # llama-cpp-python is built from source (4 minutes on 2 cores), once: pip keeps the wheel in its cache.
 test-llama-cpp: $(VENV)/.installed-test ## our GGUF files against llama.cpp itself
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(PIP) llama-cpp-python==0.3.36 llama-models==0.3.0 --no-deps diskcache
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" $(PIP) llama-cpp-python==0.3.36 llama-models==0.3.0 --no-deps diskcache
 	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
 	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s tests/bridge/test_llama_cpp.py
 

@@ -89,7 +89,8 @@ def contained(directory: Path, name: str, origin: str) -> Path:
     roots = [directory.resolve()]
     if directory.absolute().parent.name == "snapshots":
         roots.append(directory.absolute().parent.parent.resolve() / "blobs")
-    if not any(path.resolve().is_relative_to(root) for root in roots):
+    found = path.resolve()
+    if not any(found.is_relative_to(root) for root in roots):
         raise UserError(f"{origin}: {name!r} is a link out of {directory}; put the file itself there")
     return path
 
