@@ -11,10 +11,11 @@ from typer.core import TyperGroup
 
 from tlite_jax.errors import UserError
 
-# command -> module of this package whose `main` is the command
+# command -> module of this package whose `main` is the command, or whose `app` holds several
 COMMANDS = {
     "quickstart": "quickstart",
     "import": "import_",
+    "label": "label",
     "prepare": "prepare",
     "mixture": "mixture",
     "plan": "plan",
@@ -58,7 +59,11 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for name, module in COMMANDS.items():
-        app.command(name)(importlib.import_module(f"launch.{module}").main)
+        loaded = importlib.import_module(f"launch.{module}")
+        if hasattr(loaded, "app"):  # a command of several
+            app.add_typer(loaded.app, name=name)
+        else:
+            app.command(name)(loaded.main)
 
     @app.callback()
     def options(debug: bool = typer.Option(False, "--debug", help="Show the trace of an error.")) -> None:

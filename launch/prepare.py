@@ -184,6 +184,9 @@ def _print(report: "PrepareReport") -> None:
         if b.split_documents:
             line = f"{b.name}: {b.split_documents:,} documents are longer than a row and were cut; nothing is lost"
             console.print(line, highlight=False, markup=False)
+    for label, values in report.label_counts.items():
+        shown = ", ".join(f"{value} {count:,}" for value, count in sorted(values.items(), key=lambda item: -item[1]))
+        console.print(f"{label}, as labelled: {shown}", highlight=False, markup=False)
     for line in _what_was_removed(report):
         console.print(line, highlight=False, markup=False)
     done = "nothing to do: made already from the same documents" if report.reused else "prepared"

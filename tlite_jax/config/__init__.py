@@ -7,6 +7,10 @@ from tlite_jax.config.base import (
 from tlite_jax.config.evaluation import (
     EvaluationConfig,
 )
+from tlite_jax.config.labels import (
+    ChatConfig,
+    LabellerConfig,
+)
 from tlite_jax.config.mixture import (
     BalanceConfig,
     DeclaredBucket,
@@ -38,6 +42,7 @@ from tlite_jax.config.run import (
 
 __all__ = [
     "BalanceConfig",
+    "ChatConfig",
     "CheckpointConfig",
     "DataConfig",
     "DeclaredBucket",
@@ -47,6 +52,7 @@ __all__ = [
     "ExecutionConfig",
     "HeldOutConfig",
     "InitConfig",
+    "LabellerConfig",
     "Llama3RopeScaling",
     "MeshConfig",
     "MixtureConfig",

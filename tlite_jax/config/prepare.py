@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from tlite_jax.config.base import Fraction, NonNegative, Positive, Rate, Section
+from tlite_jax.config.labels import ChatConfig, LabellerConfig
 
 
 class SourceConfig(Section):
@@ -17,6 +18,8 @@ class SourceConfig(Section):
         description="auto: by suffix; jsonl may be compressed as .zst or .gz; text is one document a file",
     )
     text_field: str = "text"
+    id_field: str | None = Field(default=None, description="holds a document's id, by which columns of labels join")
+    chat: ChatConfig | None = Field(default=None, description="documents are conversations; text_field is not read")
     labels: dict[str, str] = Field(default={}, description="labels of every document, e.g. language: ru")
     label_fields: dict[str, str] = Field(default={}, description="label -> the document field that holds it")
     packing: Literal["concatenate", "best_fit"] = Field(
@@ -85,6 +88,7 @@ class PrepareConfig(Section):
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     bucket_labels: tuple[str, ...] = ("source", "language", "style", "topic", "domain")
+    labellers: tuple[LabellerConfig, ...] = Field(default=(), description="run in this order on every document")
     held_out: HeldOutConfig
     near_duplicates: NearDuplicatesConfig | None = None
     decontaminate: DecontaminationConfig | None = None

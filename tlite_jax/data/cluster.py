@@ -23,8 +23,7 @@ import tlite_jax
 from tlite_jax.config import digest
 from tlite_jax.data.preparation import SHARDS, Preparation
 from tlite_jax.data.prepare import PrepareReport, find_finished, finish
-from tlite_jax.data.shards import encoder_for, tokenize_shard
-from tlite_jax.data.tokenize import Encoder
+from tlite_jax.data.shards import Encoders, encoder_for, tokenize_shard
 from tlite_jax.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -46,7 +45,7 @@ class TokenizeShards(PipelineStep):
         """Does the task's shards, those that are done already aside."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
         preparation = _load(self.job)
-        settings, encoders = preparation.settings(), dict[bool, Encoder]()
+        settings, encoders = preparation.settings(), Encoders()
         for shard in preparation.shards()[rank::world_size]:
             with self.track_time("shard"):
                 tokenize_shard(shard, settings, encoder_for(shard, settings, encoders))

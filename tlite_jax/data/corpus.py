@@ -53,6 +53,7 @@ class Corpus:
       locations: of each shard's pieces, path and the lines before the piece.
       quarantined: by source name, how often each reason occurred.
       contaminated: by source name and evaluation set, how many documents were dropped and cut.
+      label_counts: of the labels that labellers give, how many documents have each value.
       lost_bytes: of the input, those that could not be read.
     """
 
@@ -63,6 +64,7 @@ class Corpus:
     locations: list[list[tuple[str, int]]]
     quarantined: dict[str, dict[str, int]]
     contaminated: dict[str, dict[str, dict[str, int]]]
+    label_counts: dict[str, dict[str, int]]
     lost_bytes: int
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Pat
     keys: dict[BucketKey, int] = {}
     quarantined: dict[str, Counter[str]] = {}
     contaminated: dict[str, dict[str, Counter[str]]] = {}
+    label_counts: dict[str, Counter[str]] = {}
     counts = [0]
     with ExitStack() as stack:
         files = {name: stack.enter_context((directory / name).open("wb")) for name in _FILES}
@@ -134,6 +137,8 @@ def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Pat
             sets = contaminated.setdefault(shard.source.name, {})
             for name, actions in tokenized.contaminated.items():
                 sets.setdefault(name, Counter()).update(actions)
+            for label, values in tokenized.label_counts.items():
+                label_counts.setdefault(label, Counter()).update(values)
             counts.append(len(table))
     return Corpus(
         directory=directory,
@@ -146,6 +151,7 @@ def join(shards: Sequence[Shard], done: Sequence[TokenizedShard], directory: Pat
             source: {name: dict(sorted(actions.items())) for name, actions in sorted(sets.items())}
             for source, sets in contaminated.items()
         },
+        label_counts={label: dict(sorted(values.items())) for label, values in label_counts.items()},
         lost_bytes=sum(tokenized.manifest["lost_bytes"] for tokenized in done),
     )
 

@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from tlite_jax.config import SourceConfig
 from tlite_jax.data.compressed import DamagedError, decompressed
+from tlite_jax.data.conversation import Message, fields_of, plain_text, read_messages, scored_bytes
 from tlite_jax.data.inputs import InputFile, open_input
 from tlite_jax.errors import UserError
 
@@ -28,11 +29,26 @@ _PARQUET_BATCH = 64
 
 @dataclass(frozen=True)
 class Document:
-    """A document that can be used; `line` counts from 1 in what was read (rows for parquet)."""
+    """A document that can be used.
+
+    Attributes:
+      text: of a conversation, its messages' contents.
+      labels: label -> value.
+      line: counts from 1 in what was read (rows for parquet).
+      id: its own, where the source has an id_field.
+      messages: of a conversation.
+    """
 
     text: str
     labels: dict[str, str]
     line: int
+    id: str | None = None
+    messages: list[Message] | None = None
+
+    @property
+    def scored_bytes(self) -> int:
+        """UTF-8 bytes of what is scored: all, or a conversation's answers."""
+        return len(self.text.encode()) if self.messages is None else scored_bytes(self.messages)
 
 
 @dataclass(frozen=True)
@@ -213,7 +229,7 @@ def _read_parquet(source: SourceConfig, file: InputFile, max_characters: int) ->
     except (pa.ArrowException, OSError) as error:
         raise _as_damage(error, "damaged parquet file", file.bytes, 1) from error
     with stream, parquet:
-        columns = list(dict.fromkeys([source.text_field, *source.label_fields.values()]))
+        columns = _columns(source)
         if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
             there = ", ".join(parquet.schema_arrow.names)
             raise UserError(f"source {source.name}: {file.path} has no column {missing[0]!r}; it has {there}")
@@ -230,12 +246,19 @@ def _read_parquet(source: SourceConfig, file: InputFile, max_characters: int) ->
             first += rows
 
 
+def _columns(source: SourceConfig) -> list[str]:
+    """The columns that are read, each once, the longest first."""
+    content = [source.text_field] if source.chat is None else fields_of(source.chat)
+    key = [] if source.id_field is None else [source.id_field]
+    return list(dict.fromkeys([*content, *source.label_fields.values(), *key]))
+
+
 def _rows(
     parquet: pa.parquet.ParquetFile, group: int, columns: list[str], source: SourceConfig, max_characters: int
 ) -> Iterator[dict[str, Any] | str]:
     """Yields the records of a row group, or what is wrong with one."""
     for batch in parquet.iter_batches(_PARQUET_BATCH, row_groups=[group], columns=columns, use_threads=False):
-        texts = batch.column(source.text_field)
+        texts = batch.column(columns[0])
         is_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
         sizes = pa.compute.binary_length(texts).to_pylist() if is_text else [None] * batch.num_rows
         for row, size in enumerate(sizes):
@@ -261,8 +284,11 @@ def _accept(
     """Checks a record; a str is a problem found already."""
     if isinstance(values, str):
         return BadDocument(values, line, offset)
-    text = values.get(source.text_field)
-    if problem := _problem(text, source.text_field, values, max_characters):
+    messages = None if source.chat is None else read_messages(source.chat, values)
+    if isinstance(messages, str):
+        return BadDocument(messages, line, offset)
+    text = values.get(source.text_field) if messages is None else plain_text(messages)
+    if problem := _problem(text, source.text_field, max_characters):
         return BadDocument(problem, line, offset)
     labels = {"source": source.name, **source.labels}
     for label, name in source.label_fields.items():
@@ -271,11 +297,12 @@ def _accept(
             missing = "is missing" if value is None else "is not a label"
             return BadDocument(f"field {name!r} for label {label!r} {missing}", line, offset)
         labels[label] = str(value).strip()
-    return Document(cast(str, text), labels, line)
+    key = None if source.id_field is None else values.get(source.id_field)
+    return Document(cast(str, text), labels, line, None if key is None else str(key), messages)
 
 
-def _problem(text: Any, field: str, values: dict[str, Any], max_characters: int) -> str | None:
-    if field not in values or text is None:
+def _problem(text: Any, field: str, max_characters: int) -> str | None:
+    if text is None:
         return f"no field {field!r}"
     if not isinstance(text, str):
         return f"field {field!r} is {type(text).__name__}, not a string"

@@ -72,6 +72,7 @@ def join_shards(preparation: Preparation, directories: list[Path], progress: Pro
         "documents_read": len(corpus),
         "duplicates": {name: list(counts) for name, *counts in zip(names, *removed, strict=True)},
         "quarantined": corpus.quarantined,
+        "label_counts": corpus.label_counts,
         "lists": {name: file_entry(target / name) for name in LISTS},
         "contaminated": corpus.contaminated,
         "evaluation_items": preparation.items.counts if preparation.items else {},

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tlite_jax.config import DataConfig, PrepareConfig, RunConfig
+from tlite_jax.data.chat import ChatTemplate, load_chat_template
 from tlite_jax.data.documents import Shard, make_shards
 from tlite_jax.data.evaluation_items import EvaluationItems, find_items
 from tlite_jax.data.inputs import InputFile, find_files
+from tlite_jax.data.labels.labelling import Labelling
 from tlite_jax.data.shards import ShardSettings
 from tlite_jax.data.tokenize import TokenizerFile, check_vocabulary, load_tokenizer
 from tlite_jax.errors import UserError
@@ -25,6 +27,8 @@ class Preparation:
       tokenizer: read from its directory.
       files: source -> its files.
       items: what must not be trained on; `build` them before shards are tokenised.
+      labelling: the labellers.
+      chat_template: the tokenizer's, where a source needs it.
     """
 
     data: DataConfig
@@ -32,6 +36,8 @@ class Preparation:
     tokenizer: TokenizerFile
     files: dict[str, list[InputFile]]
     items: EvaluationItems | None
+    labelling: Labelling
+    chat_template: ChatTemplate | None
 
     @property
     def buckets(self) -> Path:
@@ -63,11 +69,13 @@ class Preparation:
             todo.max_document_characters,
             todo.near_duplicates,
             self.items,
+            self.labelling,
+            self.chat_template,
         )
 
     def origin(self) -> dict[str, Any]:
         """Everything that the buckets' bytes depend on."""
-        excluded = {"num_workers", "max_quarantine_rate", "shard_bytes", "decontaminate"}
+        excluded = {"num_workers", "max_quarantine_rate", "shard_bytes", "decontaminate", "labellers"}
         values = self.todo.model_dump(mode="json", exclude=excluded)
         if self.items is not None:
             values["decontaminate"] = self.items.origin()
@@ -83,6 +91,8 @@ class Preparation:
             "document_end": self.tokenizer.document_end,
             "sequence_length": self.data.sequence_length,
             "order": list(self.files),
+            "labellers": list(self.labelling.fingerprints),
+            "chat_template": self.chat_template.hash if self.chat_template else None,
         }
 
 
@@ -104,7 +114,10 @@ def find_preparation(config: RunConfig, tokenizer_dir: Path) -> Preparation:
         check_vocabulary(tokenizer, config.model.vocab_size)
     items = None if todo.decontaminate is None else find_items(todo.decontaminate, data.buckets / SHARDS)
     files = {source.name: find_files(source) for source in todo.sources}
-    preparation = Preparation(data, todo, tokenizer, files, items)
+    labelling = Labelling.of(todo.labellers, data.buckets / SHARDS / "labels")
+    has_chat = any(source.chat and source.chat.template == "tokenizer" for source in todo.sources)
+    template = load_chat_template(tokenizer_dir) if has_chat else None
+    preparation = Preparation(data, todo, tokenizer, files, items, labelling, template)
     if not preparation.input_bytes:
         raise UserError(no_documents(todo))
     return preparation

@@ -16,8 +16,7 @@ from tlite_jax.config_files import differences
 from tlite_jax.data.buckets import MANIFEST, BucketStore, is_bucket, read_store_manifest
 from tlite_jax.data.join import LISTS, join_shards
 from tlite_jax.data.preparation import SHARDS, Preparation, find_preparation
-from tlite_jax.data.shards import encoder_for, find_shard, start_worker, tokenize_shard, work
-from tlite_jax.data.tokenize import Encoder
+from tlite_jax.data.shards import Encoders, encoder_for, find_shard, start_worker, tokenize_shard, work
 from tlite_jax.data.workers import run_tasks
 from tlite_jax.errors import UserError
 
@@ -66,6 +65,7 @@ class PrepareReport:
       quarantined: source -> reason -> documents that could not be used.
       contaminated: source -> evaluation set -> how many documents were dropped and cut.
       evaluation_items: evaluation set -> its items, and how many were too short to be looked for.
+      label_counts: label that labellers give -> value -> documents read.
     """
 
     directory: str
@@ -75,6 +75,7 @@ class PrepareReport:
     quarantined: dict[str, dict[str, int]]
     contaminated: dict[str, dict[str, dict[str, int]]]
     evaluation_items: dict[str, dict[str, int]]
+    label_counts: dict[str, dict[str, int]]
 
 
 def prepare(
@@ -148,7 +149,7 @@ def run_here(preparation: Preparation, progress: Progress) -> None:
     total = len(shards)
     progress("tokenising", 0, total)
     if preparation.num_workers == 1 or total == 1 or preparation.input_bytes < SMALL_BYTES:
-        encoders: dict[bool, Encoder] = {}
+        encoders: Encoders = {}
         for done, shard in enumerate(shards, 1):
             tokenize_shard(shard, settings, encoder_for(shard, settings, encoders))
             progress("tokenising", done, total)
@@ -207,7 +208,7 @@ def _report(directory: Path, manifest: dict[str, Any], *, reused: bool) -> Prepa
         exact, near = manifest["duplicates"][name]
         known = {key: value for key, value in bucket.manifest.items() if key in fields}
         buckets.append(BucketReport(**known, exact_duplicates=exact, near_duplicates=near))
-    names = ("documents_read", "quarantined", "contaminated", "evaluation_items")
-    # Buckets of earlier versions know nothing of contamination.
+    names = ("documents_read", "quarantined", "contaminated", "evaluation_items", "label_counts")
+    # Buckets of earlier versions know nothing of contamination and labellers.
     counts = {name: manifest.get(name, {}) for name in names}
     return PrepareReport(str(directory), reused, buckets=tuple(buckets), **counts)

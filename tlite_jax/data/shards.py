@@ -11,20 +11,22 @@ import secrets
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from tlite_jax.config import NearDuplicatesConfig, digest
+from tlite_jax.config import ChatConfig, NearDuplicatesConfig, SourceConfig, digest
+from tlite_jax.data.chat import ChatEncoder, ChatTemplate
 from tlite_jax.data.decontaminate import decontaminate
 from tlite_jax.data.documents import BadDocument, Document, Shard, read_piece
 from tlite_jax.data.evaluation_items import EvaluationItems
 from tlite_jax.data.files import ChecksummedFile, check_size, map_array, read_json, sync_directory, write_json
+from tlite_jax.data.labels.labelling import Labelling
 from tlite_jax.data.near_duplicates import Signer, banding
 from tlite_jax.data.tokenize import Encoder, TokenizerFile
 from tlite_jax.errors import UserError
@@ -56,6 +58,18 @@ class ShardSettings:
     max_document_characters: int
     near_duplicates: NearDuplicatesConfig | None
     items: EvaluationItems | None
+    labelling: Labelling
+    chat_template: ChatTemplate | None
+
+
+class DocumentEncoder(Protocol):
+    """Documents -> their tokens, UNSCORED where one is never a target, or what is wrong with one."""
+
+    def encode_documents(self, documents: Sequence[Document]) -> list[npt.NDArray[np.uint32] | BadDocument]:
+        """Encodes several together."""
+
+
+Encoders = dict[bool | ChatConfig, DocumentEncoder]
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,11 @@ class TokenizedShard:
     def bands(self, num_bands: int, *, verify: bool) -> npt.NDArray[np.uint64]:
         """Hashes of the signatures' bands, uint64 [documents, num_bands]."""
         return self._map("bands.bin", np.dtype("<u8"), verify=verify).reshape(-1, num_bands)
+
+    @property
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """Of the labels that labellers give: how many documents have each value."""
+        return self.manifest["label_counts"]
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -127,7 +146,9 @@ def shard_key(shard: Shard, settings: ShardSettings) -> str:
     signature = [near.num_permutations, near.ngram_words, *banding(near)] if near else None
     limits = [settings.bucket_labels, settings.max_document_characters, signature]
     items = settings.items.fingerprint if settings.items and shard.source.training else None
-    return digest([SHARD_VERSION, source, pieces, tokenizer, limits, items])
+    template = settings.chat_template.hash if settings.chat_template and shard.source.chat else None
+    labelling = [*settings.labelling.fingerprints, template]
+    return digest([SHARD_VERSION, source, pieces, tokenizer, limits, items, labelling])
 
 
 def open_shard(directory: Path) -> TokenizedShard:
@@ -148,7 +169,7 @@ def find_shard(shard: Shard, settings: ShardSettings) -> Path | None:
     return directory
 
 
-def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: Encoder) -> Path:
+def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: DocumentEncoder) -> Path:
     """Reads, checks, hashes and tokenises a shard's documents; returns its directory. Finished ones are kept.
 
     Any number of processes on any number of machines may do the same shard: one of them gives it its name.
@@ -158,9 +179,7 @@ def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: Encoder) -> P
     final = settings.directory / shard_key(shard, settings)
     partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(parents=True)
-    # A source that is evaluated on keeps what it is evaluated on.
-    items = settings.items if shard.source.training else None
-    with _ShardWriter(partial, settings, encoder, items) as writer:
+    with _ShardWriter(partial, shard.source, settings, encoder) as writer:
         lines = []
         for number, piece in enumerate(shard.pieces):
             last = 0
@@ -190,9 +209,12 @@ def _publish(partial: Path, final: Path, shard: Shard, settings: ShardSettings) 
 
 class _ShardWriter:
     def __init__(
-        self, directory: Path, settings: ShardSettings, encoder: Encoder, items: EvaluationItems | None
+        self, directory: Path, source: SourceConfig, settings: ShardSettings, encoder: DocumentEncoder
     ) -> None:
-        self._settings, self._encoder, self._directory, self._items = settings, encoder, directory, items
+        self._settings, self._encoder, self._directory, self._source = settings, encoder, directory, source
+        # A source that is evaluated on keeps what it is evaluated on.
+        self._items = settings.items if source.training else None
+        self._labellers = settings.labelling.open()
         self._signer = Signer(settings.near_duplicates) if settings.near_duplicates else None
         names = ["tokens.bin", "documents.bin", *(["signatures.bin", "bands.bin"] if self._signer else [])]
         names += ["quarantine.jsonl", "contamination.jsonl"]
@@ -202,6 +224,7 @@ class _ShardWriter:
         self._labels: dict[tuple[tuple[str, str], ...], int] = {}
         self._reasons: Counter[str] = Counter()
         self._contaminated: dict[str, Counter[str]] = {}
+        self._label_counts: dict[str, Counter[str]] = {name: Counter() for name in self._labellers.labels}
 
     def __enter__(self) -> Self:
         return self
@@ -225,6 +248,7 @@ class _ShardWriter:
             "labels": [dict(items) for items in self._labels],
             "lines": lines,
             "reasons": dict(sorted(self._reasons.items())),
+            "label_counts": {name: dict(sorted(counts.items())) for name, counts in self._label_counts.items()},
             "lost_bytes": self._lost_bytes,
             "contaminated": {name: dict(counts) for name, counts in sorted(self._contaminated.items())},
             "files": {name: file.close() for name, file in self._files.items()},
@@ -250,13 +274,14 @@ class _ShardWriter:
         for number, (piece, document) in enumerate(batch):
             if number in found:
                 what = found[number]
-                action = "dropped" if what.text is None else "cut"
+                # A conversation is not cut: what is left of it would be another one.
+                action = "dropped" if what.text is None or document.messages is not None else "cut"
                 self._contaminated.setdefault(what.matches[0]["set"], Counter())[action] += 1
                 record = {"piece": piece, "line": document.line, "action": action, "share": what.share}
                 self._list("contamination.jsonl", {**record, "items": what.items, "matches": what.matches})
-                if what.text is None:
+                if action == "dropped":
                     continue
-                document = replace(document, text=what.text)
+                document = replace(document, text=cast(str, what.text))
             result.append((piece, document))
         return result
 
@@ -264,12 +289,15 @@ class _ShardWriter:
         self._files[name].write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
 
     def _flush(self) -> None:
-        batch, self._batch, self._characters = self._decontaminated(self._batch), [], 0
-        encoded = self._encoder.encode([document.text for _, document in batch])
+        batch, self._batch, self._characters = self._labelled(self._decontaminated(self._batch)), [], 0
+        encoded = self._encoder.encode_documents([document for _, document in batch])
         table = np.zeros(len(batch), TABLE)
         texts = []
         written = 0
         for (piece, document), tokens in zip(batch, encoded, strict=True):
+            if isinstance(tokens, BadDocument):
+                self._quarantine(piece, tokens)
+                continue
             if not tokens.size:
                 self._quarantine(piece, BadDocument("no tokens", document.line))
                 continue
@@ -278,7 +306,7 @@ class _ShardWriter:
             hashed = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), "<u8")
             labels = self._label_number(document.labels)
             crc = google_crc32c.value(data)
-            table[written] = (hashed, tokens.size, len(text), document.line, crc, labels, piece)
+            table[written] = (hashed, tokens.size, document.scored_bytes, document.line, crc, labels, piece)
             self._files["tokens.bin"].write(data)
             texts.append(document.text)
             written += 1
@@ -288,12 +316,26 @@ class _ShardWriter:
             self._files["signatures.bin"].write(signatures.astype("<u4", copy=False).tobytes())
             self._files["bands.bin"].write(self._signer.bands(signatures).astype("<u8", copy=False).tobytes())
 
+    def _labelled(self, batch: list[tuple[int, Document]]) -> list[tuple[int, Document]]:
+        """The batch with the labellers' labels, counted; what they refuse is quarantined."""
+        answers = self._labellers.apply(self._source.name, [document for _, document in batch])
+        result = []
+        for (piece, _), answer in zip(batch, answers, strict=True):
+            if isinstance(answer, BadDocument):
+                self._quarantine(piece, answer)
+                continue
+            for name, counts in self._label_counts.items():
+                if name in answer.labels:
+                    counts[answer.labels[name]] += 1
+            result.append((piece, answer))
+        return result
+
     def _label_number(self, labels: dict[str, str]) -> int:
         key = tuple((label, labels[label]) for label in self._settings.bucket_labels if label in labels)
         return self._labels.setdefault(key, len(self._labels))
 
 
-_worker: tuple[ShardSettings, dict[bool, Encoder]] | None = None
+_worker: tuple[ShardSettings, Encoders] | None = None
 
 
 def start_worker(settings: ShardSettings) -> None:
@@ -311,9 +353,13 @@ def work(shard: Shard) -> Path:
     return tokenize_shard(shard, settings, encoder_for(shard, settings, encoders))
 
 
-def encoder_for(shard: Shard, settings: ShardSettings, encoders: dict[bool, Encoder]) -> Encoder:
+def encoder_for(shard: Shard, settings: ShardSettings, encoders: Encoders) -> DocumentEncoder:
     """The encoder a shard's source asks for, made at most once."""
-    parse = shard.source.parse_special_tokens
-    if parse not in encoders:
-        encoders[parse] = Encoder(settings.tokenizer, parse_special_tokens=parse)
-    return encoders[parse]
+    source = shard.source
+    key = source.parse_special_tokens if source.chat is None else source.chat
+    if key not in encoders:
+        if source.chat is None:
+            encoders[key] = Encoder(settings.tokenizer, parse_special_tokens=source.parse_special_tokens)
+        else:
+            encoders[key] = ChatEncoder(settings.tokenizer, settings.chat_template, source.chat)
+    return encoders[key]

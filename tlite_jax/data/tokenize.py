@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from tlite_jax.data.documents import BadDocument, Document
 from tlite_jax.errors import UserError
 
 
@@ -70,21 +71,29 @@ def check_vocabulary(tokenizer: TokenizerFile, vocab_size: int) -> None:
 
 
 class Encoder:
-    """Encodes documents; special tokens written in a text stay text unless `parse_special_tokens`."""
+    """Encodes documents; special tokens written in a text stay text unless `parse_special_tokens`.
 
-    def __init__(self, tokenizer: TokenizerFile, *, parse_special_tokens: bool) -> None:
+    Without `boundaries` no document_start and document_end are put around them.
+    """
+
+    def __init__(self, tokenizer: TokenizerFile, *, parse_special_tokens: bool, boundaries: bool = True) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.definition)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not parse_special_tokens
-        self._start = [] if tokenizer.document_start is None else [tokenizer.document_start]
-        self._end = [] if tokenizer.document_end is None else [tokenizer.document_end]
+        start, end = tokenizer.document_start, tokenizer.document_end
+        self._start = [start] if boundaries and start is not None else []
+        self._end = [end] if boundaries and end is not None else []
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Returns uint32 [tokens] for each text, document_start and document_end included."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         # By way of array: numpy takes twice as long to read a list of Python's integers.
         return [np.frombuffer(array("I", self._start + encoding.ids + self._end), np.uint32) for encoding in encodings]
+
+    def encode_documents(self, documents: Sequence[Document]) -> list[npt.NDArray[np.uint32] | BadDocument]:
+        """`encode` of documents' texts."""
+        return list(self.encode([document.text for document in documents]))
 
 
 def _definition(directory: Path) -> str:
