@@ -18,13 +18,13 @@ COMMANDS = {
     "label": "label",
     "prepare": "prepare",
     "mixture": "mixture",
-    "doctor": "doctor",
     "plan": "plan",
     "submit": "submit",
     "train": "train",
     "eval": "eval_",
     "generate": "generate",
     "export": "export",
+    "report": "report",
     "verify": "verify",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,6 +1,7 @@
 """`python -m launch train CONFIG`."""
 
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,7 @@ def main(
     from launch.mesh_fit import check_world
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
+    from tlite_jax.telemetry.goodput import process_age
     from tlite_jax.train.run import open_run
 
     loaded = load_config(config, overrides or ())
@@ -51,7 +53,8 @@ def main(
     if loaded.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
     with restart_when_alone():
-        result = train_run(open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change))
+        run = open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change)
+        result = train_run(run, init_seconds=process_age())
     ignore_signals()
     if result.stopped is not None:
         raise typer.Exit(EXIT_FAILED)
@@ -59,8 +62,13 @@ def main(
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
 
 
-def train_run(run: "Run") -> "Result":
-    """Trains a run on all devices there are, with the console and the evaluation that its config asks for."""
+def train_run(run: "Run", init_seconds: float = 0.0) -> "Result":
+    """Trains a run on all devices there are, with the console and the evaluation that its config asks for.
+
+    Args:
+      run: from `open_run`.
+      init_seconds: that starting has taken so far, for the account of the run's time.
+    """
     import jax
 
     from launch.evaluation import make_evaluation
@@ -76,13 +84,27 @@ def train_run(run: "Run") -> "Result":
         if run.resumed is not None:
             print(f"going on from step {run.start_step} of {run.directory}")
         console = ConsoleSink(run.total_steps, run.start_step)
+    began = time.monotonic()
     evaluate = make_evaluation(run, mesh) if run.config.evaluation.every else None
-    result = train(run, mesh, console=console, evaluate=evaluate)
+    spent = {"init": init_seconds, "evaluation": time.monotonic() - began}
+    result = train(run, mesh, console=console, evaluate=evaluate, spent=spent)
     if jax.process_index() == 0:
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")
+        print(_goodput(run))
         if result.first_step_seconds is not None:
             print(f"the first step took {result.first_step_seconds:.1f} s, compilation included")
     return result
+
+
+def _goodput(run: "Run") -> str:
+    """Where the run's time went, over all its starts, in a line."""
+    from tlite_jax.telemetry.goodput import FILE, account, read_starts
+
+    spent = account(read_starts(run.directory / FILE))
+    most = sorted((-seconds, part) for part, seconds in spent.parts.items() if part != "step" and seconds > 0)[:4]
+    rest = ", ".join(f"{part.replace('_', ' ')} {-seconds / spent.seconds:.1%}" for seconds, part in most)
+    starts = f"{len(spent.starts)} start{'s' if len(spent.starts) > 1 else ''}"
+    return f"goodput {spent.goodput:.1%} of {spent.seconds:.0f} s in {starts}; the rest: {rest}"
 
 
 def _ending(result: "Result") -> str:

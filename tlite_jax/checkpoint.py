@@ -266,6 +266,10 @@ class Saver:
         """Raises what a background save failed with, if it did."""
         self._checkpointer.check_for_errors()
 
+    def wait(self) -> None:
+        """Waits for the save under way. Raises what it failed with."""
+        self._checkpointer.wait_until_finished()
+
     def close(self) -> None:
         """Waits for the save under way and deletes what need not be kept."""
         self._checkpointer.wait_until_finished()

@@ -15,6 +15,7 @@ from tests import tiny
 from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.config import RunConfig
 from tlite_jax.telemetry.evaluated import Evaluated
+from tlite_jax.telemetry.goodput import FILE, account, read_starts
 from tlite_jax.train import loop
 
 
@@ -65,6 +66,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tiny.assert_same_state(find(tmp_path / "run"), find(whole))
     resumed, uninterrupted = find(tmp_path / "run").meta, find(whole).meta
     assert (resumed.rows_consumed, resumed.segments) == (uninterrupted.rows_consumed, uninterrupted.segments)
+    starts = [(start.first_step, start.last_step, start.status) for start in read_starts(tmp_path / "run" / FILE)]
+    assert starts == [(0, at, number.name), (at, 6, "done")]
 
 
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4), (1, 3)])
@@ -155,6 +158,14 @@ def test_metrics_say_how_it_goes(whole: Path) -> None:
     rates = [1e-2 * rate for rate in (0, 0.5, 1)]
     assert [line["learning_rate"] for line in lines][:3] == pytest.approx(rates)
     assert lines[-1]["loss"] < lines[0]["loss"] < 2 * np.log(tiny.VOCAB_SIZE)
+
+
+def test_the_time_of_a_run_is_accounted_for(whole: Path) -> None:
+    spent = account(read_starts(whole / FILE))
+    assert all(spent.parts[part] > 0 for part in ("restore", "compile", "data_wait", "step", "checkpoint"))
+    assert spent.parts["lost"] == spent.parts["restart_wait"] == spent.parts["evaluation"] == 0
+    assert spent.parts["other"] < 0.2 * spent.seconds
+    assert spent.starts[0].environment["mesh"] == {"replica": 1, "fsdp": 8, "context": 1}
 
 
 def test_evaluation_is_left_out_of_the_throughput(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 from tlite_jax.best import BOARD_FILE, best_step
 from tlite_jax.evaluate.bits_per_byte import NotFiniteError
 from tlite_jax.evaluate.board import Board, Measurement
-from tlite_jax.evaluate.history import History, Record
 from tlite_jax.telemetry.evaluated import Evaluated
+from tlite_jax.telemetry.history import History, Record
 from tlite_jax.telemetry.metrics import replace_file
 
 ALERTS_FILE, SAMPLES_FILE = BOARD_FILE.with_name("alerts.jsonl"), BOARD_FILE.with_name("samples.jsonl")

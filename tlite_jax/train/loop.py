@@ -18,7 +18,9 @@ from tlite_jax import optimizer
 from tlite_jax.checkpoint import Saver, saver
 from tlite_jax.data.loader import batches
 from tlite_jax.sharding import BATCH_SPEC
+from tlite_jax.telemetry.environment import environment
 from tlite_jax.telemetry.evaluated import Evaluated
+from tlite_jax.telemetry.goodput import FILE, Stopwatch
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
 from tlite_jax.train.run import Run, first_state
@@ -60,7 +62,14 @@ class Result:
     stopped: str | None = None
 
 
-def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evaluation | None = None) -> Result:
+def train(
+    run: Run,
+    mesh: Mesh,
+    *,
+    console: Sink | None = None,
+    evaluate: Evaluation | None = None,
+    spent: Mapping[str, float] | None = None,
+) -> Result:
     """Trains until `run.total_steps` or a SIGINT or SIGTERM, which saves and stops.
 
     Args:
@@ -69,6 +78,7 @@ def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evalua
       console: where people watch, on process 0.
       evaluate: asked after every step whether it is due; what it returns is logged. The checkpoint of a step that it
         calls the best so far is saved and kept; when it says to stop, the run saves and stops.
+      spent: section of `telemetry.goodput` -> seconds that this start has taken before this call.
 
     Raises:
       UserError: a batch that does not divide over the mesh; damaged data.
@@ -86,7 +96,6 @@ def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evalua
         schedule=lambda step: schedule(step + run.schedule_offset),
         document_masking=config.data.has_segments,
     )
-    state = first_state(run, mesh)
     data = batches(
         run.plan,
         run.store,
@@ -98,12 +107,16 @@ def train(run: Run, mesh: Mesh, *, console: Sink | None = None, evaluate: Evalua
     kept = evaluate.kept if evaluate is not None else lambda steps: ()
     # Signals are ours until the last checkpoint is whole.
     with (
+        _stopwatch(run, mesh, spent or {}) as watch,
         _signals() as stop,
         saver(run.directory, config.checkpoint, kept) as checkpoints,
         _writer(run, console) as writer,
     ):
-        log = _Log(run, mesh, writer)
-        return _loop(run, state, step_fn, data, checkpoints, log, stop, evaluate)
+        with watch.section("restore"):
+            state = jax.block_until_ready(first_state(run, mesh))
+        result = _loop(run, state, step_fn, data, checkpoints, _Log(run, mesh, writer), stop, evaluate, watch)
+        watch.close(_status(result))
+        return result
 
 
 def _loop(
@@ -115,6 +128,7 @@ def _loop(
     log: "_Log",
     stop: "_Stop",
     evaluate: Evaluation | None,
+    watch: Stopwatch,
 ) -> Result:
     config = run.config
     step = run.start_step
@@ -123,18 +137,22 @@ def _loop(
 
     def save() -> None:
         nonlocal saved
-        log.flush()  # a state behind a loss that is not finite is not worth keeping
+        with watch.section("step"):
+            log.flush()  # a state behind a loss that is not finite is not worth keeping
         if step != saved:  # the disk would not tell: that save may be under way
-            checkpoints.save(state, run.meta(step))
+            with watch.section("checkpoint"):
+                checkpoints.save(state, run.meta(step))
             saved = step
 
     def run_evaluation() -> None:
         nonlocal stopped
         if evaluate is None or not evaluate.due(step):
             return
-        log.flush()
-        evaluated = evaluate(step, state.params)
-        log.write_evaluation(step, evaluated)
+        with watch.section("step"):
+            log.flush()
+        with watch.section("evaluation"):
+            evaluated = evaluate(step, state.params)
+            log.write_evaluation(step, evaluated)
         stopped = evaluated.stop
         if evaluated.improved or stopped:
             save()
@@ -145,15 +163,44 @@ def _loop(
         run_evaluation()
     log.begin()
     while step < run.total_steps and stopped is None and not stop.reached(step):
-        state, metrics = step_fn(state, next(data))
-        step += 1
-        log.later(step, metrics)
+        with watch.section("data_wait"):
+            batch = next(data)
+        with watch.section("step" if step > run.start_step else "compile"):
+            state, metrics = step_fn(state, batch)
+            step += 1
+        with watch.section("step"):
+            log.later(step, metrics)
+        watch.reached(step - 1)  # the last one has only been started
         checkpoints.check()
         if step % config.checkpoint.every == 0 or step == run.total_steps:
             save()
         run_evaluation()
     save()
+    with watch.section("checkpoint"):
+        checkpoints.wait()
+    watch.reached(step)
     return Result(step, state, stop.signal, log.first_step_seconds, stopped)
+
+
+@contextmanager
+def _stopwatch(run: Run, mesh: Mesh, spent: Mapping[str, float]) -> Iterator[Stopwatch]:
+    """Of this start; on process 0 it writes."""
+    path = run.directory / FILE if jax.process_index() == 0 else None
+    device = mesh.devices.flat[0]
+    facts = {
+        "devices": f"{mesh.size} x {device.device_kind}",
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "execution": run.config.execution_hash(),
+    }
+    with Stopwatch(path, run.start_step, {**environment(), **facts}, spent=spent) as watch:
+        yield watch
+
+
+def _status(result: Result) -> str:
+    if result.stopped is not None:
+        return result.stopped
+    return "done" if result.signal is None else signal.Signals(result.signal).name
 
 
 class _Log:

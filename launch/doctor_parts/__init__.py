@@ -1,1 +1,0 @@
-"""What `python -m launch doctor` looks at; each part returns findings."""

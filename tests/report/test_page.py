@@ -1,0 +1,167 @@
+import json
+import re
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.report.written import consumed, read_lines, write_run
+from tlite_jax.errors import UserError
+from tlite_jax.report.page import render
+from tlite_jax.report.read import read_run
+from tlite_jax.report.serve import make_server
+
+VOID = {"meta", "link", "rect", "line", "circle", "path"}
+
+
+class Page(HTMLParser):
+    """Tables as rows of texts; fails on tags that do not match."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.links: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == [], "left open"
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self._open[-3:]):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(run_directory: Path) -> str:
+    return render(read_run(run_directory, consumed(), 1200))
+
+
+def row(page: str, name: str) -> list[str]:
+    (found,) = (row for row in Page(page).rows if row and row[0] == name)
+    return found
+
+
+def test_nothing_comes_from_elsewhere(page):
+    assert set(Page(page).links) <= {"data:,"}
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", page)
+
+
+def test_names_from_the_run_are_text(page):
+    assert "<code>" not in page
+    assert row(page, 'domain=<code> & "co"')[2] == "1.0100"
+    assert row(page, "<wiki>")[1] == "9,000"
+
+
+def test_the_board_has_base_now_and_change(page):
+    assert row(page, "language=ru") == ["language=ru", "1.0000", "0.8000", "-0.2000", "0.0000"]
+    assert row(page, "language=en") == ["language=en", "1.0000", "1.0300", "+0.0300", "0.1000"]
+    assert "bits_per_byte/language=en passed its limit" in page
+    assert "and still is" in page
+
+
+def test_the_mixture_is_planned_against_consumed(page):
+    assert row(page, "en") == ["en", "15.01%", "14.98%", "-0.03", "749"]
+    assert row(page, "books") == ["books", "1,000", "2.500", "1.251", "25.00%", "25.02%", "+0.02", "1,251"]
+
+
+def test_the_hours_add_up(page):
+    shares = [row(page, name)[2] for name in ("steps that count", "compiling", "steps lost and done again")]
+    assert shares == ["95.63%", "0.38%", "1.91%"]
+    kinds = [row[4] for row in Page(page).rows if row and row[0] in ("1", "2")]
+    assert kinds == ["killed", "done"]
+    total = sum(float(row[2].rstrip("%")) for row in Page(page).rows if len(row) == 3 and row[2].endswith("%"))
+    assert total == pytest.approx(100, abs=0.05)
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path, run_directory):
+    (tmp_path / "run").mkdir()
+    shutil.copy(run_directory / "config.yaml", tmp_path / "run")
+    page = render(read_run(tmp_path / "run"))
+    Page(page)
+    assert "not started" in page
+    assert page.count("nothing yet") == 3
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path, run_directory):
+    copy = tmp_path / "run"
+    shutil.copytree(run_directory, copy)
+    lines = read_lines(copy / "metrics.jsonl")
+    for line in lines[500:503]:
+        line["loss"] = "nan"
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "not finite at 3 of 1000 logged steps" in render(read_run(copy))
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        read_run(tmp_path)
+
+
+def test_a_served_page_is_new_each_time():
+    count = iter(range(10))
+
+    def page() -> str:
+        number = next(count)
+        if number == 1:
+            raise UserError("half written")
+        return f"page {number}"
+
+    with make_server(page, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/"
+            assert urllib.request.urlopen(url).read() == b"page 0"
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                urllib.request.urlopen(url)
+            assert urllib.request.urlopen(f"{url}?again").read() == b"page 2"
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"{url}../secret")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_port_that_is_taken_is_refused():
+    with make_server(str, "127.0.0.1", 0) as server, pytest.raises(UserError, match="choose another --port"):
+        make_server(str, "127.0.0.1", server.server_port)
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_a_browser_draws_it_without_complaint(tmp_path, page):
+    probe = "<script>addEventListener('error', e => document.title = 'ERROR ' + e.message)</script></head>"
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</head>", probe), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command += ["--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in result.stderr
+    assert "<title>ERROR" not in result.stdout
+    assert result.stdout.count('class="tip"') == page.count("<figure")  # the script went to its end

@@ -1,0 +1,95 @@
+"""What a run's directory says of it. Only files are read, and none of them is needed but config.yaml."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tlite_jax.config import RunConfig
+from tlite_jax.config_files import load_config
+from tlite_jax.errors import UserError
+from tlite_jax.telemetry.goodput import FILE, Account, account, read_starts
+from tlite_jax.telemetry.metrics import read_jsonl
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """A bucket's rows: what the plan of the whole stage takes, and what was read so far."""
+
+    name: str
+    labels: Mapping[str, str]
+    rows: int
+    planned: int
+    consumed: int
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, as its files tell.
+
+    Attributes:
+      records: one per logged step, ascending.
+      total_steps: at which the run ends; None when only the buckets would tell.
+      account: None for a run that kept none of its time.
+      consumed: empty when the run has no plan yet.
+      seconds_silent: since metrics were last written.
+    """
+
+    directory: Path
+    config: RunConfig
+    config_text: str
+    records: Sequence[Mapping[str, Any]]
+    total_steps: int | None
+    account: Account | None
+    consumed: Sequence[Consumed]
+    seconds_silent: float
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens seen, values) of a metric, at the steps that have it."""
+        tokens_per_step = self.config.train.batch_size * self.config.data.sequence_length
+        found = [record for record in self.records if name in record]
+        x = np.array([record["step"] * tokens_per_step for record in found], float)
+        return x, np.array([record[name] for record in found], float)
+
+    def names(self, prefix: str) -> list[str]:
+        """What follows `prefix/` in names of metrics, sorted."""
+        found = {name for record in self.records for name in record if name.startswith(f"{prefix}/")}
+        return sorted(name.removeprefix(f"{prefix}/") for name in found)
+
+
+def read_run(directory: Path, consumed: Sequence[Consumed] = (), total_steps: int | None = None) -> RunData:
+    """Reads a run's directory.
+
+    Args:
+      directory: a run's.
+      consumed: what the plans say, if they were read.
+      total_steps: if known better than from the config.
+
+    Raises:
+      UserError: it holds no run.
+    """
+    config_file = directory / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{directory} holds no run: it has no config.yaml; give a run's directory")
+    config = load_config(config_file)
+    metrics, goodput = directory / "metrics.jsonl", directory / FILE
+    starts = read_starts(goodput)
+    touched = [path.stat().st_mtime for path in (metrics, goodput) if path.exists()]
+    return RunData(
+        directory,
+        config,
+        config_file.read_text(encoding="utf-8"),
+        read_jsonl(metrics) if metrics.exists() else [],
+        total_steps or config.train.steps,
+        account(starts) if starts else None,
+        consumed,
+        max(0.0, time.time() - max(touched)) if touched else 0.0,
+    )
