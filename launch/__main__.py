@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "plan",
     "submit": "submit",
     "train": "train",
+    "rewind": "rewind",
     "eval": "eval_",
     "generate": "generate",
     "export": "export",

@@ -175,9 +175,10 @@ def _show(run: "Run", base: Path, samples: list[str], paths: Mapping[str, Path])
     console.print(table)
     seen = Table("bucket", "tokens seen", "epochs", title="what it was trained on")
     rows = run.total_steps * run.config.train.batch_size
-    for planned, consumed in zip(run.plan.buckets, run.plan.consumed(rows).tolist(), strict=True):
-        tokens = consumed * run.config.data.sequence_length
-        seen.add_row(planned.name, f"{tokens:,}", f"{consumed / planned.rows:.3f}")
+    consumed = run.timeline.consumed(rows)
+    for planned in run.timeline.buckets:
+        tokens = consumed[planned.name] * run.config.data.sequence_length
+        seen.add_row(planned.name, f"{tokens:,}", f"{consumed[planned.name] / planned.rows:.3f}")
     console.print(seen)
     for title, text in zip(("before", "after"), samples, strict=True):
         console.print(f"{title}: {PROMPT}{text}".strip(), highlight=False, markup=False)

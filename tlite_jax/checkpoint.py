@@ -42,6 +42,8 @@ class Meta(Section):
     step: NonNegative
     rows_consumed: NonNegative = 0
     segments: tuple[Segment, ...] = ()
+    ledger: dict[str, NonNegative] = Field(default={}, description="bucket -> rows trained on so far")
+    skipped: dict[str, NonNegative] = Field(default={}, description="bucket -> rows passed over so far")
     schedule_offset: NonNegative = 0
     model: ModelConfig
     weights_dtype: Literal["bfloat16", "float16", "float32"]

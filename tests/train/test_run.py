@@ -183,13 +183,18 @@ def test_the_second_segment_starts_at_its_plans_first_row(own_source: Path) -> N
     real = tiny.loop.batches
 
     def noting(plan, store, **options):
-        read.append((plan.hash, options["start_row"]))
+        read.append((plan, options["start_row"]))
         return real(plan, store, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny.loop, "batches", noting)
         tiny.start(tiny.config(own_source, *words), allow_change=True)
-    assert read == [(find(own_source).meta.segments[-1].plan_hash, 0)]
+    ((timeline, start_row),) = read
+    (segment,) = timeline.segments
+    assert (segment.plan_hash, segment.start_row) == (find(own_source).meta.segments[-1].plan_hash, start_row)
+    rows = np.arange(tiny.BATCH_SIZE)
+    for ours, plans in zip(timeline.locate(start_row + rows), timeline.last_plan.locate(rows), strict=True):
+        assert np.array_equal(ours, plans)
 
 
 def test_the_runs_tokenizer_is_the_configs(own_source: Path) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tlite_jax.data.buckets import Bucket, BucketStore
-from tlite_jax.data.mixture import Plan
 from tlite_jax.data.row_format import TOKEN, TOKEN_BITS
+from tlite_jax.data.segments import Order
 from tlite_jax.errors import UserError
 
 # A batch is one element to Grain: two threads keep one ahead of the step without contending for the interpreter.
@@ -33,7 +33,7 @@ class RowSource:
         in rows of packed documents, and one segment for all of any other row.
     """
 
-    def __init__(self, plan: Plan, store: BucketStore, *, document_masking: DocumentMasking) -> None:
+    def __init__(self, plan: Order, store: BucketStore, *, document_masking: DocumentMasking) -> None:
         self._plan, self._document_masking = plan, document_masking
         unknown = [bucket.name for bucket in plan.buckets if bucket.name not in store.buckets]
         if unknown:
@@ -92,7 +92,7 @@ class BatchSource:
 
 
 def batches(
-    plan: Plan,
+    plan: Order,
     store: BucketStore,
     *,
     sharding: jax.sharding.NamedSharding,

@@ -97,11 +97,11 @@ def train(
         document_masking=config.data.has_segments,
     )
     data = batches(
-        run.plan,
+        run.timeline.from_row(run.rows_consumed),
         run.store,
         sharding=NamedSharding(mesh, BATCH_SPEC),
         batch_size=config.train.batch_size,
-        start_row=run.rows_consumed - run.segments[-1].start_row,
+        start_row=run.rows_consumed,
         document_masking=config.data.document_masking,
     )
     kept = evaluate.kept if evaluate is not None else lambda steps: ()

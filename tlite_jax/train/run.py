@@ -20,7 +20,8 @@ from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore
 from tlite_jax.data.mixture import make_plan
 from tlite_jax.data.order import Plan
-from tlite_jax.data.segments import Segment
+from tlite_jax.data.segment_files import SEGMENTS_FILE, read_timeline, timeline_of, write_timeline
+from tlite_jax.data.segments import Segment, Timeline, describe_change
 from tlite_jax.data.tokenize import check_vocabulary, load_tokenizer
 from tlite_jax.errors import UserError
 from tlite_jax.sharding import CONTEXT
@@ -37,13 +38,22 @@ class Run:
 
     config: RunConfig
     directory: Path
-    plan: Plan
+    timeline: Timeline
     store: BucketStore
     base: Checkpoint | None
     resumed: Checkpoint | None
-    segments: tuple[Segment, ...]
     schedule_offset: int
     total_steps: int
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last segment."""
+        return self.timeline.last_plan
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """From which row on which plan is read."""
+        return self.timeline.segments
 
     @property
     def start_step(self) -> int:
@@ -64,6 +74,8 @@ class Run:
             step=step,
             rows_consumed=rows,
             segments=self.segments,
+            ledger=self.timeline.consumed(rows),
+            skipped=self.timeline.skipped(rows),
             schedule_offset=self.schedule_offset,
             model=self.config.model,
             weights_dtype=source.meta.weights_dtype if source else "bfloat16",
@@ -139,21 +151,16 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     if mesh is not None:
         check_context(config.model, mesh.shape[CONTEXT], config.data.sequence_length)
     directory = config.output
-    store, plan = _plan(config)
-    total_steps = config.train.steps or plan.total_rows // config.train.batch_size
-    if not total_steps:
-        raise UserError(
-            f"the mixture has {plan.total_rows} rows, less than a batch of {config.train.batch_size}; "
-            "enlarge data.mixture or lower train.batch_size"
-        )
-    config = _with_cosine_length(config, total_steps)
+    store = _store(config)
+    timeline, change = _timeline(config, store, resumed)
+    intended, total_steps = count_steps(config, timeline)
+    config = _with_cosine_length(config, intended)
     _check_directory(config, directory, allow_change)
-    segments = _segments(resumed, plan, allow_change)
-    start_row = resumed.meta.rows_consumed if resumed else 0
-    start_step = resumed.step if resumed else 0
-    needed = (total_steps - start_step) * config.train.batch_size
-    available = plan.total_rows - (start_row - segments[-1].start_row)
-    if needed > available:
+    if change is not None and not allow_change:
+        raise UserError(change)
+    consumed = resumed.meta.rows_consumed if resumed else 0
+    needed = (total_steps - (resumed.step if resumed else 0)) * config.train.batch_size
+    if needed > (available := timeline.total_rows - consumed):
         raise UserError(
             f"train.steps {total_steps} needs {needed} more rows, the mixture has {available} left; "
             "enlarge data.mixture or lower train.steps"
@@ -161,13 +168,13 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     if jax.process_count() > 1:  # no process may find the directory half claimed
         multihost_utils.sync_global_devices("run checked")
     if jax.process_index() == 0:
-        _claim(config, directory, plan)
+        _claim(config, directory, timeline)
     carried = base is not None and config.init_from is not None and config.init_from.schedule == "carry"
     if resumed is not None:
         schedule_offset = resumed.meta.schedule_offset
     else:
         schedule_offset = base.step + base.meta.schedule_offset if carried and base is not None else 0
-    return Run(config, directory, plan, store, base, resumed, segments, schedule_offset, total_steps)
+    return Run(config, directory, timeline, store, base, resumed, schedule_offset, total_steps)
 
 
 def first_state(run: Run, mesh: Mesh) -> TrainState:
@@ -185,8 +192,8 @@ def first_state(run: Run, mesh: Mesh) -> TrainState:
     return init_state(run.config.model, mesh, run.config.seed)
 
 
-def _plan(config: RunConfig) -> tuple[BucketStore, Plan]:
-    """Opens the buckets and makes the order of rows; refuses what the model or the config cannot read."""
+def _store(config: RunConfig) -> BucketStore:
+    """Opens the buckets; refuses what the model or the config cannot read."""
     assert config.model is not None
     assert config.data.tokenizer is not None
     data = config.data
@@ -204,9 +211,59 @@ def _plan(config: RunConfig) -> tuple[BucketStore, Plan]:
             f"{data.buckets} was prepared with other document boundaries ({changed}, token ids); "
             "undo data.document_start and data.document_end or prepare again"
         )
+    return store
+
+
+def _plan(config: RunConfig, store: BucketStore, before: Timeline | None, row: int) -> Plan:
+    """The order of rows that a config asks for, of buckets that have been read as far as `before` has by `row`."""
+    data, infos = config.data, store.infos()
     rows = config.train.steps * config.train.batch_size if config.train.steps else None
-    plan = make_plan(data.mixture, store.infos(), seed=config.seed, sequence_length=data.sequence_length, rows=rows)
-    return store, plan
+    far = before.reached(row, config.seed) if before else {}
+    reached = {info.name: far.get((info.name, info.rows, info.content), 0) for info in infos}
+    return make_plan(
+        data.mixture, infos, seed=config.seed, sequence_length=data.sequence_length, rows=rows, reached=reached
+    )
+
+
+def _timeline(config: RunConfig, store: BucketStore, resumed: Checkpoint | None) -> tuple[Timeline, str | None]:
+    """What the run reads from its first row to its last, and how that differs from what it has declared, if it does."""
+    if resumed is None:
+        plan = _plan(config, store, None, 0)
+        return Timeline((Segment(0, plan.hash),), {plan.hash: plan}), None
+    row = resumed.meta.rows_consumed
+    declared = read_timeline(config.output, resumed.meta.segments)
+    if not declared.agrees(timeline_of(config.output, resumed.meta.segments), row):
+        raise UserError(
+            f"{resumed.path} has read other rows than {config.output / SEGMENTS_FILE} says; restore the file, or "
+            "delete it to go on with what the checkpoint records"
+        )
+    before, began = declared.before_last_plan()
+    plan = _plan(config, store, before, began)
+    if plan.hash == declared.last_plan.hash:
+        return declared, None
+    change = (
+        f"the data plan has changed from {declared.last_plan.hash} to {plan.hash} since step {resumed.step} "
+        f"({describe_change(declared.last_plan, plan)}); undo it, or pass --allow-change to go on with the new one "
+        "from here"
+    )
+    return declared.then(row, _plan(config, store, declared, row)), change
+
+
+def count_steps(config: RunConfig, timeline: Timeline) -> tuple[int, int]:
+    """Batches that the config asks for, and those that there are when some are skipped.
+
+    Raises:
+      UserError: not even one.
+    """
+    batch_size = config.train.batch_size
+    intended = config.train.steps or (timeline.total_rows + timeline.skipped_rows) // batch_size
+    total = min(intended, timeline.total_rows // batch_size) if timeline.skipped_rows else intended
+    if not total:
+        raise UserError(
+            f"the mixture has {timeline.total_rows} rows, less than a batch of {batch_size}; "
+            "enlarge data.mixture or lower train.batch_size"
+        )
+    return intended, total
 
 
 def _with_cosine_length(config: RunConfig, total_steps: int) -> RunConfig:
@@ -215,20 +272,6 @@ def _with_cosine_length(config: RunConfig, total_steps: int) -> RunConfig:
         return config
     schedule = config.schedule.model_copy(update={"total_steps": total_steps})
     return config.model_copy(update={"schedule": schedule})
-
-
-def _segments(resumed: Checkpoint | None, plan: Plan, allow_change: bool) -> tuple[Segment, ...]:
-    if resumed is None:
-        return (Segment(0, plan.hash),)
-    segments = resumed.meta.segments
-    if segments[-1].plan_hash == plan.hash:
-        return segments
-    if not allow_change:
-        raise UserError(
-            f"the data plan has changed from {segments[-1].plan_hash} to {plan.hash} since step {resumed.step} "
-            "(mixture, buckets or seed); undo it, or pass --allow-change to go on with the new one from here"
-        )
-    return (*segments, Segment(resumed.meta.rows_consumed, plan.hash))
 
 
 def _check_directory(config: RunConfig, directory: Path, allow_change: bool) -> None:
@@ -249,7 +292,8 @@ def _check_directory(config: RunConfig, directory: Path, allow_change: bool) -> 
 def _half_claimed(directory: Path) -> bool:
     """Whether all there is comes from a `_claim` that was interrupted."""
     names = {entry.name for entry in directory.iterdir()}
-    return "plans" in names and names <= {"plans", "tokenizer", "tokenizer.partial", f"{CONFIG_FILE}.partial"}
+    ours = {"plans", SEGMENTS_FILE, f".{SEGMENTS_FILE}.partial", "tokenizer", "tokenizer.partial"}
+    return "plans" in names and names <= {*ours, f"{CONFIG_FILE}.partial"}
 
 
 def check_writable(directory: Path) -> None:
@@ -264,10 +308,9 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from error
 
 
-def _claim(config: RunConfig, directory: Path, plan: Plan) -> None:
-    """Writes what the run is: its config, tokenizer and plan. The config comes last: it marks the directory."""
-    (directory / "plans").mkdir(parents=True, exist_ok=True)
-    (directory / "plans" / f"{plan.hash}.json").write_text(plan.to_json(), encoding="utf-8")
+def _claim(config: RunConfig, directory: Path, timeline: Timeline) -> None:
+    """Writes what the run is: its config, tokenizer and plans. The config comes last: it marks the directory."""
+    write_timeline(directory, timeline)
     assert config.data.tokenizer is not None
     if not (directory / CONFIG_FILE).exists() or not _same_tokenizer(config.data.tokenizer, directory / "tokenizer"):
         copy = directory / "tokenizer.partial"
