@@ -37,17 +37,28 @@ def main(
         str | None, typer.Option(help="A name in configs/hardware, or a YAML: devices of a node and price.")
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="With --hardware.")] = 1,
+    replay: Annotated[int | None, typer.Option(help="List the documents of this step instead.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="With --replay: the beginning of each row.")] = False,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Show what the run has read instead, against its plan.")] = (
+        False
+    ),
 ) -> None:
     """Say what a mixture will consume: tokens, epochs and repeats of each label and bucket. Trains and writes nothing.
+
+    With --replay and --ledger: what the run in the config's output has read.
 
     Example: python -m launch mixture configs/tlite_8b_stage1.yaml --tokens-per-second 3000 --devices 96 --price 2.25
     """
     from launch.mixture_parts.cost import make_cost
+    from launch.mixture_parts.past import show_past
     from launch.mixture_parts.table import print_tables
     from tlite_jax.config_files import load_config
     from tlite_jax.data.mixture import make_plan
 
     run = load_config(config, overrides or ())
+    if replay is not None or ledger:
+        show_past(run, replay, text=text, as_json=as_json)
+        return
     cost = make_cost(tokens_per_second, devices, price, hardware, nodes, HARDWARE)
     data, train = run.data, run.train
     infos = bucket_infos(run, declared=declared)

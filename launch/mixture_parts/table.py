@@ -67,7 +67,7 @@ def short(tokens: int) -> str:
     return str(tokens)
 
 
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+def make_table(left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in left:
         table.add_column(name, overflow="fold")
@@ -77,7 +77,7 @@ def _table(left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def _target_table(targets: Sequence[TargetUsage], batch_size: int) -> Table:
-    table = _table(("target",), ("wanted", "planned", "any batch", "epochs"))
+    table = make_table(("target",), ("wanted", "planned", "any batch", "epochs"))
     for t in targets:
         off = f"±{t.batch_bound / batch_size:.2%}"
         table.add_row(t.pattern, f"{t.wanted:.2%}", f"{t.share:.2%}", off, f"{t.epochs:.3f}")
@@ -85,7 +85,7 @@ def _target_table(targets: Sequence[TargetUsage], batch_size: int) -> Table:
 
 
 def _label_table(usages: Sequence[Usage], length: int, top: int | None) -> Table:
-    table = _table(("label", "value"), ("buckets", "tokens there", "tokens used", "epochs", "share"))
+    table = make_table(("label", "value"), ("buckets", "tokens there", "tokens used", "epochs", "share"))
     for label, members in groupby(label_usages(usages), key=lambda u: u.label):
         values = list(members)
         for u in values[:top]:
@@ -107,7 +107,7 @@ def _rest(values: Sequence[LabelUsage], length: int) -> Iterator[str]:
 def _bucket_table(usages: Sequence[Usage], plan: "Plan", top: int | None) -> Table:
     grouped = any(u.group is not None for u in usages)
     names = ("bucket", "labels", "group") if grouped else ("bucket", "labels")
-    table = _table(names, ("rows", "used", "tokens", "epochs", "repeats", "share"))
+    table = make_table(names, ("rows", "used", "tokens", "epochs", "repeats", "share"))
     shown = list(usages)
     if top is not None and len(usages) > top:
         shown = sorted(usages, key=lambda u: -u.consumed_rows)[:top]

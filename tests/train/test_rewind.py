@@ -1,15 +1,22 @@
 """Going back and skipping batches: the same bits each time, a true ledger, nothing lost."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import typer
+from typer.testing import CliRunner
 
+from launch import mixture
+from launch import rewind as rewind_command
 from tests import tiny
 from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.config import RunConfig
+from tlite_jax.config_files import save_config
 from tlite_jax.data.buckets import BucketStore
 from tlite_jax.errors import UserError
 from tlite_jax.train import rewind as rewinding
@@ -152,6 +159,67 @@ def test_an_interrupted_rewind_is_finished_by_the_same_call(run: Path, monkeypat
     assert rewind(run, to=3, skip=(4, 4)).set_aside == (4, 6)
     assert tiny.start(config(run)).step == 5
     assert sum(find(run).meta.skipped.values()) == tiny.BATCH_SIZE
+
+
+@pytest.fixture
+def call(run: Path, tmp_path: Path):
+    """Runs `mixture` or `rewind` on the run and returns what it prints."""
+    save_config(config(run), tmp_path / "run.yaml")
+    app = typer.Typer()
+    app.command("mixture")(mixture.main)
+    app.command("rewind")(rewind_command.main)
+
+    def invoke(command: str, *words: str) -> str:
+        place = run if command == "rewind" else tmp_path / "run.yaml"
+        result = CliRunner().invoke(app, [command, str(place), *words])
+        if result.exception is not None:
+            raise result.exception
+        return result.stdout
+
+    return invoke
+
+
+def test_a_step_is_replayed_document_by_document(run: Path, call) -> None:
+    assert json.loads(call("rewind", "--skip", "4", "--json"))["skipped_rows"]
+    rows = json.loads(call("mixture", "--replay", "4", "--json", "--text"))["rows"]
+    store, timeline = BucketStore.open(tiny.data() / "buckets"), open_run(config(run)).timeline
+    # The fourth step of the new order is the fifth batch of the plan.
+    places = zip(*timeline.last_plan.locate(np.arange(4 * tiny.BATCH_SIZE, 5 * tiny.BATCH_SIZE)), strict=True)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny.data() / "tokenizer" / "tokenizer.json"))
+    for slot, (row, (number, epoch, place)) in enumerate(zip(rows, places, strict=True)):
+        bucket = store.buckets[timeline.last_plan.buckets[number].name]
+        assert (row["slot"], row["bucket"], row["pass"], row["row"]) == (slot, bucket.name, epoch, place)
+        # Documents begin where segment ids say that they do.
+        starts = np.fromfile(bucket.directory / "documents.bin", "<i8")[: bucket.manifest["documents"]]
+        own = [int(n) for n, s in enumerate(starts) if place * tiny.LENGTH <= s < (place + 1) * tiny.LENGTH]
+        first, last = row["documents"]
+        assert row["starts"] == [int(starts[n]) - place * tiny.LENGTH for n in own]
+        assert last - first + 1 == bucket.segment_ids(int(place)).max()
+        assert last == (own[-1] if own else first)
+        assert tokenizer.decode(bucket.read_row(int(place)).tolist()).replace("\n", " ").startswith(row["text"])
+    table = call("mixture", "--replay", "4", "--text")
+    assert rows[0]["text"][:20] in table
+    for step in ("0", "6"):
+        with pytest.raises(UserError, match=f"--replay {step}: the run has steps 1 to 5"):
+            call("mixture", "--replay", step)
+
+
+def test_the_ledger_is_shown_against_the_plan(run: Path, call) -> None:
+    assert "ends after step 5" in call("rewind", "--skip", "4")
+    tiny.start(config(run))
+    values = json.loads(call("mixture", "--ledger", "--json"))
+    assert (values["step"], values["rows"], values["of_rows"], values["agrees"]) == (5, 120, 120, True)
+    meta = find(run).meta
+    assert {b["name"]: (b["trained_rows"], b["skipped_rows"]) for b in values["buckets"]} == {
+        name: (count, meta.skipped[name]) for name, count in meta.ledger.items()
+    }
+    assert "the ledger equals the plan's closed form" in call("mixture", "--ledger")
+    file = run / "checkpoints" / "5" / "meta" / "metadata"
+    values = json.loads(file.read_text())
+    values["ledger"][next(iter(values["ledger"]))] += 1
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="at step 5 is not what its segments say"):
+        call("mixture", "--ledger")
 
 
 def test_a_dry_run_changes_nothing(run: Path) -> None:

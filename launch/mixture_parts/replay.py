@@ -1,0 +1,126 @@
+"""What a run has read: the documents of one step, and its ledger against the plan."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tlite_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlite_jax.config import RunConfig
+    from tlite_jax.data.buckets import Bucket
+    from tlite_jax.data.segments import Timeline
+
+
+def replay(run: "RunConfig", step: int, *, text: bool) -> Iterator[dict[str, Any]]:
+    """Yields what each row of a step's batch held, in the order of the batch.
+
+    Args:
+      run: a config; where its output is a run, that run's own segments count.
+      step: from 1, as in its metrics.
+      text: also the beginning of the row's text.
+
+    Raises:
+      UserError: no such step, or no buckets.
+    """
+    from tlite_jax.data.buckets import BucketStore
+
+    store = BucketStore.open(run.data.buckets)
+    timeline, batch_size = timeline_of_run(run), run.train.batch_size
+    last = timeline.total_rows // batch_size
+    if not 1 <= step <= last:
+        raise UserError(f"--replay {step}: the run has steps 1 to {last}")
+    decode = _decoder(run) if text else None
+    rows = np.arange((step - 1) * batch_size, step * batch_size)
+    for slot, place in enumerate(zip(*(values.tolist() for values in timeline.locate(rows)), strict=True)):
+        number, epoch, row = place
+        bucket = store.buckets.get(timeline.buckets[number].name)
+        if bucket is None:
+            raise UserError(f"{run.data.buckets} has no bucket {timeline.buckets[number].name} any more")
+        found = {"slot": slot, "bucket": bucket.name, "pass": epoch, "row": row, **_documents(bucket, row)}
+        yield {**found, "text": decode(bucket.read_row(row))} if decode else found
+
+
+def _documents(bucket: "Bucket", row: int) -> dict[str, Any]:
+    """Documents of a row by their numbers in the bucket, and where those that begin in it do."""
+    starts, num_tokens = bucket.documents(row)
+    first_token = row * bucket.manifest["sequence_length"]
+    before = _documents_before(bucket, first_token)
+    inside = [int(start) - first_token for start in starts if start >= first_token]
+    goes_on = not inside or inside[0] > 0
+    first = before - 1 if goes_on else before
+    return {"documents": [first, before + len(inside) - 1], "starts": inside, "tokens": num_tokens}
+
+
+def _documents_before(bucket: "Bucket", token: int) -> int:
+    """How many of a bucket's documents begin before a token."""
+    from tlite_jax.data.row_format import OFFSET
+
+    starts = np.memmap(bucket.directory / "documents.bin", OFFSET, mode="r")
+    return int(np.searchsorted(starts, token, side="left"))
+
+
+def _decoder(run: "RunConfig") -> Any:
+    from tokenizers import Tokenizer
+
+    places = [run.output / "tokenizer", *([run.data.tokenizer] if run.data.tokenizer else [])]
+    for place in places:
+        if (place / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+            return lambda tokens: tokenizer.decode(tokens.tolist())[:CHARACTERS].replace("\n", " ")
+    raise UserError(f"--text: no tokenizer.json in {' or '.join(map(str, places))}")
+
+
+CHARACTERS = 80
+
+
+def timeline_of_run(run: "RunConfig") -> "Timeline":
+    """The segments of the run in a config's output, else the one plan that the config makes."""
+    from tlite_jax.data.mixture import make_plan
+    from tlite_jax.data.segment_files import SEGMENTS_FILE, read_timeline
+    from tlite_jax.data.segments import Segment, Timeline
+
+    if (run.output / SEGMENTS_FILE).exists():
+        return read_timeline(run.output, ())
+    from launch.mixture import bucket_infos
+
+    rows = None if run.train.steps is None else run.train.steps * run.train.batch_size
+    infos, length = bucket_infos(run, declared=False), run.data.sequence_length
+    plan = make_plan(run.data.mixture, infos, seed=run.seed, sequence_length=length, rows=rows)
+    return Timeline((Segment(0, plan.hash),), {plan.hash: plan})
+
+
+def ledger(output: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run says it has read, against the closed form of its segments.
+
+    Raises:
+      UserError: no run, or no checkpoint.
+    """
+    from tlite_jax.checkpoint import find
+    from tlite_jax.data.segment_files import read_timeline
+
+    checkpoint = find(output)
+    timeline, row = read_timeline(output, checkpoint.meta.segments), checkpoint.meta.rows_consumed
+    closed, skipped = timeline.consumed(row), timeline.skipped(row)
+    rows = {bucket.name: bucket.rows for bucket in timeline.buckets}
+    trained = checkpoint.meta.ledger
+    return {
+        "step": checkpoint.step,
+        "rows": row,
+        "of_rows": timeline.total_rows,
+        "agrees": (trained, checkpoint.meta.skipped) == (closed, skipped),
+        "segments": [vars(segment) for segment in timeline.segments],
+        "buckets": [
+            {
+                "name": name,
+                "trained_rows": count,
+                "skipped_rows": checkpoint.meta.skipped.get(name, 0),
+                "planned_rows": closed.get(name, 0),
+                "rows": rows.get(name, 0),
+                "share": count / max(row, 1),
+            }
+            for name, count in trained.items()
+        ],
+    }
