@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tlite_jax.errors import UserError
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -50,6 +48,7 @@ def main(
     Example: python -m launch mixture configs/tlite_8b_stage1.yaml --tokens-per-second 3000 --devices 96 --price 2.25
     """
     from launch.mixture_parts.cost import make_cost
+    from launch.mixture_parts.infos import bucket_infos
     from launch.mixture_parts.past import show_past
     from launch.mixture_parts.table import print_tables
     from tlite_jax.config_files import load_config
@@ -68,19 +67,6 @@ def main(
         print(json.dumps(_values(run, plan, infos, cost), ensure_ascii=False, indent=1))
     else:
         print_tables(run, plan, infos, cost, top=None if show_all else top)
-
-
-def bucket_infos(run: "RunConfig", *, declared: bool) -> "Sequence[BucketInfo]":
-    """The buckets that a config names: prepared ones, else those that it declares."""
-    from tlite_jax.data.buckets import BucketStore, read_store_manifest
-    from tlite_jax.data.declared import declared_infos
-
-    data = run.data
-    if declared and not data.declared:
-        raise UserError("--declared: this config has no data.declared")
-    if data.declared and (declared or read_store_manifest(data.buckets) is None):
-        return declared_infos(data.declared, data.sequence_length)
-    return BucketStore.open(data.buckets).infos()
 
 
 def _values(run: "RunConfig", plan: "Plan", infos: "Sequence[BucketInfo]", cost: "Cost | None") -> dict[str, object]:

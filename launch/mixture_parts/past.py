@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from launch.mixture_parts.replay import ledger, replay
-from launch.mixture_parts.table import make_console, make_table
 from tlite_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +17,8 @@ def show_past(run: "RunConfig", step: int | None, *, text: bool, as_json: bool) 
     Raises:
       UserError: no such step, no run, or a ledger that is not what the segments say.
     """
+    from launch.mixture_parts.replay import ledger, replay
+
     if step is not None:
         rows = list(replay(run, step, text=text))
         if as_json:
@@ -36,6 +36,8 @@ def show_past(run: "RunConfig", step: int | None, *, text: bool, as_json: bool) 
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
+    from launch.mixture_parts.table import make_console, make_table
+
     table = make_table(("slot", "bucket"), ("pass", "row", "documents", "begin at"))
     if rows and "text" in rows[0]:
         table.add_column("text", no_wrap=True)
@@ -49,6 +51,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_ledger(values: dict[str, Any]) -> None:
+    from launch.mixture_parts.table import make_console, make_table
+
     table = make_table(("bucket",), ("rows", "trained", "plan", "skipped", "epochs", "share"))
     for bucket in values["buckets"]:
         amounts = [f"{bucket[name]:,}" for name in ("rows", "trained_rows", "planned_rows", "skipped_rows")]

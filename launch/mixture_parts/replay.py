@@ -84,7 +84,7 @@ def timeline_of_run(run: "RunConfig") -> "Timeline":
 
     if (run.output / SEGMENTS_FILE).exists():
         return read_timeline(run.output, ())
-    from launch.mixture import bucket_infos
+    from launch.mixture_parts.infos import bucket_infos
 
     rows = None if run.train.steps is None else run.train.steps * run.train.batch_size
     infos, length = bucket_infos(run, declared=False), run.data.sequence_length

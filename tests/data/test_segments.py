@@ -52,7 +52,7 @@ operations = st.lists(
 
 
 @given(operations, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_timeline_is_the_list_of_its_rows(changes: list, data: st.DataObject) -> None:
     timeline, listed = start(PLANS[0])
     used = {PLANS[0].hash}
