@@ -50,6 +50,7 @@ def _measure(directory: Path, size: int, repeats: int, tokenizer: Path | None) -
     from tlite_jax.config import SourceConfig
     from tlite_jax.data.documents import make_shards
     from tlite_jax.data.inputs import find_files
+    from tlite_jax.data.labels.labelling import Labelling
     from tlite_jax.data.shards import ShardSettings, encoder_for, open_shard, tokenize_shard
     from tlite_jax.data.tokenize import load_tokenizer
 
@@ -59,7 +60,7 @@ def _measure(directory: Path, size: int, repeats: int, tokenizer: Path | None) -
     loaded = load_tokenizer(tokenizer or _train(directory / "tokenizer"), None, None)
     source = SourceConfig(name="bench", paths=(str(path),))
     (shard,) = make_shards(source, find_files(source), 1 << 40)
-    settings = ShardSettings(directory / "shards", loaded, ("source",), 10_000_000, None, None)
+    settings = ShardSettings(directory / "shards", loaded, ("source",), 10_000_000, None, None, Labelling(), None)
     encoder = encoder_for(shard, settings, {})
     bare = tokenizers.Tokenizer.from_str(loaded.definition)
     bare.encode_special_tokens = True

@@ -18,6 +18,7 @@ COMMANDS = {
     "label": "label",
     "prepare": "prepare",
     "mixture": "mixture",
+    "doctor": "doctor",
     "plan": "plan",
     "submit": "submit",
     "train": "train",

@@ -1,0 +1,1 @@
+"""What `python -m launch doctor` looks at; each part returns findings."""
