@@ -145,6 +145,23 @@ def test_shards_of_a_file_hold_each_line_once(lines: list[int], shard_bytes: int
         assert [document.line for document in part] == list(range(1, len(part) + 1))
 
 
+def test_parquet_is_cut_between_row_groups_and_each_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"text": text} for text in TEXTS]), path, row_group_size=7)
+    source = source_of(path)
+    (file,) = find_files(source)
+    for size in (100, 1000, 2500, file.bytes):
+        cuts = [*range(0, file.bytes, size), file.bytes]
+        parts = [list(read_piece(source, Piece(file, *cut), 10_000)) for cut in itertools.pairwise(cuts)]
+        assert [document.text for part in parts for document in part] == TEXTS
+        assert all([document.line for document in part] == list(range(1, len(part) + 1)) for part in parts)
+    assert len(make_shards(source, [file], 2500)) > 2
+    # A broken footer is said once, not by every piece.
+    path.write_bytes(path.read_bytes()[:-3])
+    (damage,) = read(source, shard_bytes=1000)
+    assert damage.reason == "damaged parquet file"
+
+
 def test_a_cut_at_any_byte_loses_no_line(tmp_path: Path) -> None:
     texts = ["а", "", "ббб", "в" * 20, "г"]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import tokenizers
 from written_texts import ENGLISH, RUSSIAN, make_texts, write_jsonl
@@ -98,7 +100,7 @@ def test_workers_and_shards_that_were_done_change_no_byte(
     monkeypatch.setattr(write_buckets, "SMALL_TOKENS", 0)
     near = {"near_duplicates": {"threshold": 0.8}}
     results = []
-    for workers, shard_bytes in ((1, 1 << 20), (3, 5000)):
+    for workers, shard_bytes in ((1, 1 << 20), (2, 5000)):
         todo = {"num_workers": workers, "shard_bytes": shard_bytes, **near}
         config = run_config(sources, prepare=todo, buckets=str(tmp_path / f"b{workers}"))
         prepare(config, tokenizer_dir)
@@ -254,6 +256,22 @@ def test_near_duplicates_go_and_are_listed(run_config: Build, tokenizer_dir: Pat
     kept = {line["removed"].rsplit(":", 1)[1]: line["kept"].rsplit(":", 1)[1] for line in lines}
     assert kept["122"] == kept["123"] == "121"
     assert all(line["kind"] == "near" and line["similarity"] >= 0.7 for line in lines)
+
+
+def test_places_are_right_behind_a_damaged_row_group(run_config: Build, tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.Table.from_pylist([{"text": text} for text in [*RU[:60], RU[3]]])
+    pyarrow.parquet.write_table(table, path, row_group_size=10, use_dictionary=False, write_page_checksum=True)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 20] ^= 8
+    path.write_bytes(data)
+    todo = {"max_quarantine_rate": 0.5, "shard_bytes": 2000}
+    config = run_config([{"name": "a", "paths": [str(path)]}], prepare=todo)
+    report = prepare(config, tokenizer_dir)
+    assert report.quarantined == {"a": {"damaged parquet row group": 10}}
+    (removed,) = [json.loads(line) for line in (config.data.buckets / "duplicates.jsonl").read_text().splitlines()]
+    assert (removed["removed"], removed["kept"]) == (f"{path}:61", f"{path}:4")
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "signatures.bin", "bands.bin", "quarantine.jsonl"])

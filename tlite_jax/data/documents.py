@@ -74,7 +74,7 @@ class BadDocument:
 
 @dataclass(frozen=True)
 class Piece:
-    """The lines of a file that begin in bytes start..stop-1; stop None is its end."""
+    """The lines, or parquet row groups, of a file that begin in bytes start..stop-1; stop None is its end."""
 
     file: InputFile
     start: int = 0
@@ -98,7 +98,7 @@ def make_shards(source: SourceConfig, files: Sequence[InputFile], shard_bytes: i
     """Cuts and groups files into shards of about `shard_bytes`."""
     pieces: list[Piece] = []
     for file in files:
-        can_be_cut = file.format == "jsonl" and file.compression is None and file.ranges
+        can_be_cut = file.format != "text" and file.compression is None and file.ranges
         if can_be_cut and file.bytes > shard_bytes:
             cuts = [*range(0, file.bytes, shard_bytes), file.bytes]
             pieces += [Piece(file, start, stop) for start, stop in itertools.pairwise(cuts)]
@@ -125,7 +125,7 @@ def read_piece(source: SourceConfig, piece: Piece, max_characters: int) -> Itera
     line = 0
     try:
         if piece.file.format == "parquet":
-            found = _read_parquet(source, piece.file, max_characters)
+            found = _read_parquet(source, piece, max_characters)
         elif piece.file.format == "text":
             found = _read_text(source, piece.file, max_characters)
         else:
@@ -222,19 +222,23 @@ def _read_text(source: SourceConfig, file: InputFile, max_characters: int) -> It
     yield _accept(source, result, 1, 0, max_characters)
 
 
-def _read_parquet(source: SourceConfig, file: InputFile, max_characters: int) -> Iterator[Document | BadDocument]:
+def _read_parquet(source: SourceConfig, piece: Piece, max_characters: int) -> Iterator[Document | BadDocument]:
+    file = piece.file
     try:
         stream = open_input(file)
         parquet = pa.parquet.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise _as_damage(error, "damaged parquet file", file.bytes, 1) from error
+        damage = _as_damage(error, "damaged parquet file", file.bytes, 1)
+        if piece.start == 0:  # said once for all pieces of the file
+            raise damage from error
+        return
     with stream, parquet:
         columns = _columns(source)
         if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
             there = ", ".join(parquet.schema_arrow.names)
             raise UserError(f"source {source.name}: {file.path} has no column {missing[0]!r}; it has {there}")
         first = 0
-        for group in range(parquet.num_row_groups):
+        for group in _groups_of(parquet.metadata, piece):
             line, rows = first, parquet.metadata.row_group(group).num_rows
             try:
                 for line, values in enumerate(_rows(parquet, group, columns, source, max_characters), first + 1):
@@ -244,6 +248,19 @@ def _read_parquet(source: SourceConfig, file: InputFile, max_characters: int) ->
                 lost_bytes = file.bytes * lost // max(parquet.metadata.num_rows, 1)
                 yield _damage(_as_damage(error, "damaged parquet row group", lost_bytes, max(lost, 1)), line + 1)
             first += rows
+
+
+def _groups_of(metadata: pa.parquet.FileMetaData, piece: Piece) -> list[int]:
+    """The row groups whose first column begins in a piece."""
+    stop = piece.file.bytes if piece.stop is None else piece.stop
+    groups = []
+    for group in range(metadata.num_row_groups):
+        column = metadata.row_group(group).column(0)
+        begins = column.dictionary_page_offset or column.data_page_offset
+        # Wherever a broken footer says that one begins, one piece has it.
+        if piece.start <= min(max(begins, 0), piece.file.bytes - 1) < stop:
+            groups.append(group)
+    return groups
 
 
 def _columns(source: SourceConfig) -> list[str]:

@@ -137,14 +137,13 @@ def _find_duplicates(corpus: Corpus, todo: PrepareConfig, progress: Progress) ->
 def _write_duplicates(path: Path, corpus: Corpus, exact: Ints, near: NearDuplicates) -> None:
     """Lists every removed document with the one that stays in its place."""
     with path.open("w", encoding="utf-8") as file:
-        for document in np.flatnonzero(exact != np.arange(len(exact))).tolist():
-            line = {"removed": corpus.place(document), "kept": corpus.place(int(exact[document])), "kind": "exact"}
+        # Numbers are taken one at a time: a list of them all would outweigh the columns.
+        for document in np.flatnonzero(exact != np.arange(len(exact))):
+            line = {"removed": corpus.place(document), "kept": corpus.place(exact[document]), "kind": "exact"}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        for removed, kept, similarity in zip(
-            near.removed.tolist(), near.kept.tolist(), near.similarity.tolist(), strict=True
-        ):
+        for removed, kept, similarity in zip(near.removed, near.kept, near.similarity, strict=True):
             line = {"removed": corpus.place(removed), "kept": corpus.place(kept), "kind": "near"}
-            file.write(json.dumps({**line, "similarity": round(similarity, 4)}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({**line, "similarity": round(float(similarity), 4)}, ensure_ascii=False) + "\n")
 
 
 def _clear(directory: Path) -> None:

@@ -184,7 +184,7 @@ def tokenize_shard(shard: Shard, settings: ShardSettings, encoder: DocumentEncod
         for number, piece in enumerate(shard.pieces):
             last = 0
             for document in read_piece(shard.source, piece, settings.max_document_characters):
-                last = document.line
+                last = document.line + (document.documents - 1 if isinstance(document, BadDocument) else 0)
                 writer.add(number, document)
             lines.append(last)
         writer.close(lines)
