@@ -139,10 +139,10 @@ def _write_duplicates(path: Path, corpus: Corpus, exact: Ints, near: NearDuplica
     with path.open("w", encoding="utf-8") as file:
         # Numbers are taken one at a time: a list of them all would outweigh the columns.
         for document in np.flatnonzero(exact != np.arange(len(exact))):
-            line = {"removed": corpus.place(document), "kept": corpus.place(exact[document]), "kind": "exact"}
+            line = {"removed": corpus.place(int(document)), "kept": corpus.place(int(exact[document])), "kind": "exact"}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         for removed, kept, similarity in zip(near.removed, near.kept, near.similarity, strict=True):
-            line = {"removed": corpus.place(removed), "kept": corpus.place(kept), "kind": "near"}
+            line = {"removed": corpus.place(int(removed)), "kept": corpus.place(int(kept)), "kind": "near"}
             file.write(json.dumps({**line, "similarity": round(float(similarity), 4)}, ensure_ascii=False) + "\n")
 
 
