@@ -33,7 +33,14 @@ ARROWS = {
     ],
     "tlite_jax.telemetry": ["tlite_jax.config", "tlite_jax.errors"],
     # It reads a run's files, and needs no jax to do so.
-    "tlite_jax.report": ["tlite_jax.config", "tlite_jax.config_files", "tlite_jax.errors", "tlite_jax.telemetry"],
+    "tlite_jax.report": [
+        "tlite_jax.config",
+        "tlite_jax.config_files",
+        "tlite_jax.errors",
+        "tlite_jax.data.segment_files",
+        "tlite_jax.data.segments",
+        "tlite_jax.telemetry",
+    ],
     "tlite_jax.generate": ["tlite_jax.config", "tlite_jax.errors", "tlite_jax.model", "tlite_jax.sharding"],
     "tlite_jax.best": [],
     # The base that a run is compared with is a checkpoint; what is measured of it is written as metrics are.

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from tlite_jax.config_files import load_config
-from tlite_jax.report.read import Consumed
+from tlite_jax.data.order import Plan, PlannedBucket
+from tlite_jax.data.segment_files import write_timeline
+from tlite_jax.data.segments import Segment, Timeline
 from tlite_jax.telemetry.goodput import Stopwatch
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter
 
@@ -18,8 +20,10 @@ def write_run(directory: Path, *, steps: int = 1000, every: int = 100, total: in
     """A run of two starts that has logged `steps` steps and was evaluated every so often."""
     directory.mkdir(parents=True)
     text = (REPOSITORY / "configs" / "tiny.yaml").read_text(encoding="utf-8")
-    (directory / "config.yaml").write_text(text, encoding="utf-8")
-    tokens = load_config(directory / "config.yaml").train.batch_size * 256
+    (directory / "config.yaml").write_text(text.replace("steps: 60", f"steps: {total}"), encoding="utf-8")
+    batch_size = load_config(directory / "config.yaml").train.batch_size
+    tokens = batch_size * 256
+    write_plan(directory, batch_size, total)
     random = np.random.default_rng(0)
     with MetricsWriter([JsonlSink(directory / "metrics.jsonl")]) as writer:
         for step in range(steps + 1):
@@ -66,14 +70,21 @@ def write_starts(path: Path, steps: int) -> None:
         now += 300
 
 
-def consumed() -> list[Consumed]:
-    """Three buckets that are read as planned, and one that is not."""
-    return [
-        Consumed("web", {"language": "ru"}, 4000, 6000, 3000),
-        Consumed("books", {"language": "ru"}, 1000, 2500, 1251),
-        Consumed("<wiki>", {"language": "en"}, 9000, 1500, 749),
-        Consumed("unread", {"language": "en"}, 10, 1, 0),
-    ]
+def write_plan(directory: Path, batch_size: int, total: int) -> None:
+    """A plan of 1200 batches over four buckets, one of them all but empty."""
+    buckets = (
+        ("web", "ru", 4000, 60),
+        ("books", "ru", 1000, 25),
+        ("<wiki>", "en", 9000, 14.99),
+        ("rest", "en", 10, 0.01),
+    )
+    rows = total * batch_size
+    planned = tuple(
+        PlannedBucket(name, {"language": language}, there, round(rows * share / 100), "")
+        for name, language, there, share in buckets
+    )
+    plan = Plan((planned,), 0, 256)
+    write_timeline(directory, Timeline((Segment(0, plan.hash),), {plan.hash: plan}))
 
 
 def read_lines(path: Path) -> list[dict]:

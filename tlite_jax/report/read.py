@@ -10,6 +10,8 @@ import numpy as np
 
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import load_config
+from tlite_jax.data.segment_files import read_segments, timeline_of
+from tlite_jax.data.segments import Timeline
 from tlite_jax.errors import UserError
 from tlite_jax.telemetry.goodput import FILE, Account, account, read_starts
 from tlite_jax.telemetry.metrics import read_jsonl
@@ -32,7 +34,7 @@ class RunData:
 
     Attributes:
       records: one per logged step, ascending.
-      total_steps: at which the run ends; None when only the buckets would tell.
+      total_steps: at which the run ends; None when it has no plan yet that would tell.
       account: None for a run that kept none of its time.
       consumed: empty when the run has no plan yet.
       seconds_silent: since metrics were last written.
@@ -50,7 +52,7 @@ class RunData:
     @property
     def step(self) -> int:
         """Completed steps."""
-        return int(self.records[-1]["step"]) if self.records else 0
+        return last_step(self.records)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens seen, values) of a metric, at the steps that have it."""
@@ -65,16 +67,11 @@ class RunData:
         return sorted(name.removeprefix(f"{prefix}/") for name in found)
 
 
-def read_run(directory: Path, consumed: Sequence[Consumed] = (), total_steps: int | None = None) -> RunData:
+def read_run(directory: Path) -> RunData:
     """Reads a run's directory.
 
-    Args:
-      directory: a run's.
-      consumed: what the plans say, if they were read.
-      total_steps: if known better than from the config.
-
     Raises:
-      UserError: it holds no run.
+      UserError: it holds no run, or a file of it is damaged.
     """
     config_file = directory / "config.yaml"
     if not config_file.is_file():
@@ -82,14 +79,34 @@ def read_run(directory: Path, consumed: Sequence[Consumed] = (), total_steps: in
     config = load_config(config_file)
     metrics, goodput = directory / "metrics.jsonl", directory / FILE
     starts = read_starts(goodput)
+    records = read_jsonl(metrics) if metrics.exists() else []
+    segments, _ = read_segments(directory)
+    timeline = timeline_of(directory, segments) if segments else None
+    batch, steps = config.train.batch_size, config.train.steps
+    if timeline is not None and steps is None:
+        steps = timeline.total_rows // batch
     touched = [path.stat().st_mtime for path in (metrics, goodput) if path.exists()]
     return RunData(
         directory,
         config,
         config_file.read_text(encoding="utf-8"),
-        read_jsonl(metrics) if metrics.exists() else [],
-        total_steps or config.train.steps,
+        records,
+        steps,
         account(starts) if starts else None,
-        consumed,
+        () if timeline is None else _consumed(timeline, batch * last_step(records), batch * (steps or 0)),
         max(0.0, time.time() - max(touched)) if touched else 0.0,
     )
+
+
+def last_step(records: Sequence[Mapping[str, Any]]) -> int:
+    """Completed steps."""
+    return int(records[-1]["step"]) if records else 0
+
+
+def _consumed(timeline: Timeline, rows: int, total_rows: int) -> list[Consumed]:
+    """What the run's first `rows` rows and all `total_rows` of them take of each bucket."""
+    now, end = (timeline.consumed(min(count, timeline.total_rows)) for count in (rows, total_rows))
+    found = {bucket.name: bucket for bucket in timeline.buckets}  # the newest contents of a name
+    return [
+        Consumed(name, bucket.labels, bucket.rows, end.get(name, 0), now.get(name, 0)) for name, bucket in found.items()
+    ]
