@@ -91,12 +91,12 @@ def export_model(
     from tlite_jax.bridge.files import refuse_occupied
     from tlite_jax.bridge.hf import export_hf
     from tlite_jax.bridge.safetensors_io import parse_size
-    from tlite_jax.checkpoint import find, load_params
+    from tlite_jax.checkpoint import find, open_params
 
     max_shard_bytes = parse_size(max_shard_size)
     refuse_occupied(dst)
     found = find(checkpoint, step)
-    params = load_params(found)
+    params = open_params(found)
     weights_dtype = cast("WeightsDtype", dtype or found.meta.weights_dtype)
     with byte_progress(f"writing {dst}") as report:
         export_hf(
@@ -148,7 +148,7 @@ def export_gguf_files(
     from tlite_jax.bridge.gguf_types import FILE_TYPES
     from tlite_jax.bridge.source import ParamsSource
     from tlite_jax.bridge.tokenizer import read_files
-    from tlite_jax.checkpoint import find, load_params
+    from tlite_jax.checkpoint import find, open_params
     from tlite_jax.config import digest
 
     types = list(dict.fromkeys(types))
@@ -168,7 +168,7 @@ def export_gguf_files(
     tokenizer = tokenizer_to_gguf(
         read_files(found.tokenizer_dir), model.vocab_size, str(found.tokenizer_dir), pre_tokenizer
     )
-    source = ParamsSource(load_params(found), model)
+    source = ParamsSource(open_params(found), model)
     for file, kind in zip(files, types, strict=True):
         with byte_progress(f"writing {file}") as report:
             sha256 = export_gguf(source, model, file, kind, tokenizer, facts, dtype, report)

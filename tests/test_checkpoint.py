@@ -11,7 +11,16 @@ from jax.sharding import Mesh
 
 from tests import tiny
 from tlite_jax import checkpoint as checkpoints
-from tlite_jax.checkpoint import Checkpoint, Meta, find, load_params, restore_optimizer, restore_params, save_model
+from tlite_jax.checkpoint import (
+    Checkpoint,
+    Meta,
+    find,
+    load_params,
+    open_params,
+    restore_optimizer,
+    restore_params,
+    save_model,
+)
 from tlite_jax.config import CheckpointConfig, ModelConfig
 from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
@@ -80,6 +89,21 @@ def test_load_params_is_logical_and_on_the_host(saved: Path) -> None:
     params = load_params(find(saved, 3))
     assert_equal(params, random_tree(0))
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_opened_params_are_read_slice_by_slice(dtype: type, saved: Path, tmp_path: Path) -> None:
+    params = jax.tree.map(lambda x: x.astype(dtype), random_tree(4))
+    save_model(tmp_path / "m", params, MODEL, weights_dtype=np.dtype(dtype).name, origin="there")
+    for run, expected in ((tmp_path / "m", params), (saved, random_tree(0))):
+        opened = open_params(find(run))
+        assert_equal(jax.tree.map(np.asarray, opened), expected)
+        gate = opened["blocks"]["gate"]
+        assert np.array_equal(np.asarray(gate[1, 3:7]), expected["blocks"]["gate"][1, 3:7])
+        assert gate.chunk_layout.read_chunk.shape[0] == 1  # a layer
+    (tmp_path / "m" / "checkpoints" / "0" / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_params(find(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])

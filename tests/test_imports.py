@@ -92,8 +92,10 @@ ARROWS = {
         "tlite_jax.train.state",
         "tlite_jax.train.step",
     ],
+    "tlite_jax.checkpoint_slices": ["tlite_jax.errors", "tlite_jax.model"],
     # It names the order of the data by its segments, and reads no data.
     "tlite_jax.checkpoint": [
+        "tlite_jax.checkpoint_slices",
         "tlite_jax.best",
         "tlite_jax.config",
         "tlite_jax.config_files",

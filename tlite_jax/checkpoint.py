@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from pydantic import Field
 
 from tlite_jax.best import best_step_on_disk
+from tlite_jax.checkpoint_slices import open_arrays, save_args
 from tlite_jax.config import CheckpointConfig, ModelConfig, Section
 from tlite_jax.config.base import NonNegative
 from tlite_jax.config_files import parse
@@ -168,6 +169,15 @@ def load_params(checkpoint: Checkpoint) -> dict[str, Any]:
     return map_specs(lambda spec, array: np.asarray(array)[tuple(map(slice, spec.shape))], specs, stored)
 
 
+def open_params(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Opens the parameters without reading them: a nested dict of arrays of logical shapes, read slice by slice.
+
+    They slice like numpy's, and `numpy.asarray` reads what is left. Checkpoints of earlier versions are not stored for
+    it: a slice of theirs takes the memory of the whole parameter.
+    """
+    return open_arrays(checkpoint.path / "params", param_specs(checkpoint.meta.model))
+
+
 def restore_params(checkpoint: Checkpoint, mesh: Mesh, dtype: str = "float32") -> Any:
     """Reads the parameters into their shards on a mesh, padded for it whatever they were padded for."""
     return _restore_sharded(
@@ -229,7 +239,8 @@ def save_model(
         checkpointer.save(
             (run / "checkpoints" / "0").absolute(),
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(meta.model_dump(mode="json"))
+                params=ocp.args.PyTreeSave(params, save_args=save_args(params)),
+                meta=ocp.args.JsonSave(meta.model_dump(mode="json")),
             ),
         )
 
@@ -258,7 +269,7 @@ class Saver:
         self._checkpointer.save(
             (self._run / "checkpoints" / str(meta.step)).absolute(),
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(state.params),
+                params=ocp.args.PyTreeSave(state.params, save_args=save_args(state.params)),
                 optimizer=ocp.args.PyTreeSave(state.optimizer._asdict()),
                 meta=ocp.args.JsonSave(meta.model_dump(mode="json")),
             ),

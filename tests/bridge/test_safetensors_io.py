@@ -38,7 +38,9 @@ def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "F3
 
 
 def outgoing(arrays: dict[str, np.ndarray]) -> list[OutgoingTensor]:
-    return [OutgoingTensor(name, array.shape, array.dtype, lambda a=array: a) for name, array in arrays.items()]
+    return [
+        OutgoingTensor(name, array.shape, array.dtype, lambda rows, a=array: a[rows]) for name, array in arrays.items()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path, max_bytes: int) -> None
     }
     seen = []
     write_directory(tmp_path, outgoing(arrays), max_bytes, lambda done, total: seen.append((done, total)))
-    assert len(seen) == 5
+    assert len(seen) == 4  # the empty one has no rows
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (total := sum(array.nbytes for array in arrays.values()), total)
     files = sorted(tmp_path.glob("*.safetensors"))

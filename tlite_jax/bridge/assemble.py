@@ -15,6 +15,7 @@ import numpy as np
 from tlite_jax.bridge.files import listed
 from tlite_jax.bridge.names import Slot, slots
 from tlite_jax.bridge.safetensors_io import OutgoingTensor, StoredTensor
+from tlite_jax.bridge.source import TensorSource
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError
 
@@ -168,25 +169,23 @@ def memory_dtype(dtype: str) -> str:
 
 
 def outgoing(
-    params: Params, model: ModelConfig, weights_dtype: str, tensor_dtypes: Mapping[str, str] = MappingProxyType({})
+    source: TensorSource, weights_dtype: str, tensor_dtypes: Mapping[str, str] = MappingProxyType({})
 ) -> list[OutgoingTensor]:
-    """Hugging Face tensors of our parameters, each cast when its turn comes.
+    """Hugging Face tensors of our parameters, rows of which are read and cast when their turn comes.
 
     Args:
-      params: nested dict of arrays, layers stacked.
-      model: their shape.
+      source: the weights.
       weights_dtype: dtype to write in.
       tensor_dtypes: Hugging Face names of tensors to write in another dtype.
     """
+
+    def read(name: str, dtype: np.dtype, rows: slice) -> np.ndarray:
+        return cast_weights(name, source.read(name, rows), dtype)
+
     result = []
-    for slot in slots(model):
-        name = slot.hugging_face
-        group, _, leaf = slot.path.rpartition("/")
-        array = params[group][leaf] if group else params[leaf]
-        part = array if slot.layer is None else array[slot.layer]
-        assert part.shape == slot.shape, f"{slot.path}: {part.shape} instead of {slot.shape}"
+    for name, shape in source.shapes.items():
         dtype = WEIGHT_DTYPES[tensor_dtypes.get(name, weights_dtype)]
-        result.append(OutgoingTensor(name, slot.shape, dtype, partial(cast_weights, name, part, dtype)))
+        result.append(OutgoingTensor(name, shape, dtype, partial(read, name, dtype)))
     return result
 
 

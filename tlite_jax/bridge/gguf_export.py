@@ -3,16 +3,14 @@
 Memory holds a few slices of SLICE_VALUES values, whatever the model's size. The file appears whole or not at all.
 """
 
-import concurrent.futures
 import math
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tlite_jax.bridge.ahead import SLICE_VALUES, in_order, row_slices
 from tlite_jax.bridge.assemble import WEIGHT_DTYPES, Report, cast_weights, no_report
 from tlite_jax.bridge.checksums import HashedFile
 from tlite_jax.bridge.files import new_file
@@ -24,9 +22,6 @@ from tlite_jax.bridge.gguf_types import tensor_type
 from tlite_jax.bridge.names import Slot, rows_to_gguf, slots
 from tlite_jax.bridge.source import TensorSource
 from tlite_jax.config import ModelConfig
-
-SLICE_VALUES = 1 << 22  # 16 MB of float32
-MAX_WORKERS = 32
 
 
 class PlannedTensor(NamedTuple):
@@ -81,14 +76,13 @@ def export_gguf(
     plan = plan_tensors(model, file_type)
     require_encoder({tensor.kind for tensor in plan})
     metadata = {**model_metadata(model, file_type, facts), **tokenizer}
-    tasks = list(_tasks(plan, model.head_dim))
     total = sum(tensor.nbytes + -tensor.nbytes % DEFAULT_ALIGNMENT for tensor in plan)
     with new_file(destination) as path:
         header = _header(path, metadata, plan)
         written = 0
         with HashedFile(path) as file:
             file.write(header)
-            for content in _in_order(_encoder(source, model, round_to), tasks):
+            for content in in_order(_encoder(source, model, round_to), _tasks(plan, model.head_dim)):
                 file.write(content)
                 written += content.nbytes
                 report(written, total)
@@ -110,13 +104,11 @@ def _layer(tensor: PlannedTensor) -> int:
 
 
 def _tasks(plan: Sequence[PlannedTensor], head_dim: int) -> Iterator[_Task]:
-    """Slices of about SLICE_VALUES values, of whole heads: within a head GGUF orders rows differently."""
+    """Slices of whole heads: within a head GGUF orders rows differently."""
     for tensor in plan:
-        num_rows = tensor.shape[0]
-        step = num_rows if len(tensor.shape) < 2 else max(SLICE_VALUES // tensor.shape[1] // head_dim, 1) * head_dim
-        for begin in range(0, num_rows, step):
-            end = min(begin + step, num_rows)
-            yield _Task(tensor, slice(begin, end), -tensor.nbytes % DEFAULT_ALIGNMENT if end == num_rows else 0)
+        for rows in row_slices(tensor.shape, head_dim, SLICE_VALUES):
+            is_last = rows.stop == tensor.shape[0]
+            yield _Task(tensor, rows, -tensor.nbytes % DEFAULT_ALIGNMENT if is_last else 0)
 
 
 def _encoder(source: TensorSource, model: ModelConfig, round_to: str | None) -> Callable[[_Task], np.ndarray]:
@@ -138,22 +130,6 @@ def _encoder(source: TensorSource, model: ModelConfig, round_to: str | None) -> 
         return np.pad(content, (0, task.padding)) if task.padding else content
 
     return encoded
-
-
-def _in_order(work: Callable[[_Task], np.ndarray], tasks: Sequence[_Task]) -> Iterator[np.ndarray]:
-    """Yields the result of every task, in order; a few threads work ahead."""
-    num_workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-    with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
-        under_way: deque[concurrent.futures.Future[np.ndarray]] = deque()
-        try:
-            for task in tasks:
-                under_way.append(pool.submit(work, task))
-                if len(under_way) > num_workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _header(path: Path, metadata: Mapping[str, Any], plan: Sequence[PlannedTensor]) -> bytes:

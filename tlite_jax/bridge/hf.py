@@ -30,6 +30,7 @@ from tlite_jax.bridge.checksums import SUMS_NAME, sha256_of, sums_text
 from tlite_jax.bridge.files import contained, new_directory, parse_json, read_json
 from tlite_jax.bridge.hf_config import hf_config, model_config_from_hf
 from tlite_jax.bridge.safetensors_io import StoredTensor
+from tlite_jax.bridge.source import ParamsSource
 from tlite_jax.bridge.tokenizer import GENERATION, TOKEN_IDS, TOKENIZER, check_vocabulary, read_files, read_tokenizer
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError, require
@@ -127,7 +128,7 @@ def export_hf(
       UserError: the destination is occupied or cannot be written; values do not fit float16; the tokenizer has more
         ids than the model.
     """
-    tensors = outgoing(params, model, weights_dtype, tensor_dtypes)
+    tensors = outgoing(ParamsSource(params, model), weights_dtype, tensor_dtypes)
     files = {}
     if tokenizer_dir is not None:
         files = read_files(tokenizer_dir)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tlite_jax.bridge.ahead import in_order, row_slices
 from tlite_jax.bridge.checksums import HashedFile
 from tlite_jax.bridge.files import contained, listed, parse_json, read_json, shown
 from tlite_jax.errors import UserError
@@ -77,12 +78,12 @@ class Problem(NamedTuple):
 
 
 class OutgoingTensor(NamedTuple):
-    """A tensor to be written; `read` makes it when its turn comes."""
+    """A tensor to be written; `read` makes rows of it when their turn comes, in any thread."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[[slice], np.ndarray]
 
     @property
     def nbytes(self) -> int:
@@ -184,7 +185,7 @@ def plan_shards(tensors: Iterable[OutgoingTensor], max_shard_bytes: int) -> list
 def write_directory(
     directory: Path, tensors: Sequence[OutgoingTensor], max_shard_bytes: int, report: Callable[[int, int], None]
 ) -> dict[str, str]:
-    """Writes model.safetensors, or shards and their index, holding one tensor at a time in memory.
+    """Writes model.safetensors, or shards and their index, holding a few slices of tensors in memory.
 
     Args:
       directory: exists; its caller makes it appear whole (`files.new_directory`).
@@ -305,11 +306,18 @@ def _write_file(path: Path, tensors: Sequence[OutgoingTensor], report: Callable[
     with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         written = 0
-        for tensor in ordered:
-            array = np.ascontiguousarray(tensor.read())
-            assert array.shape == tensor.shape, f"{tensor.name}: {array.shape} instead of {tensor.shape}"
-            assert array.dtype == tensor.dtype, f"{tensor.name}: {array.dtype} instead of {tensor.dtype}"
+        tasks = ((tensor, rows) for tensor in ordered for rows in row_slices(tensor.shape))
+        for array in in_order(_made, tasks):
             file.write(array)
-            written += tensor.nbytes
+            written += array.nbytes
             report(written)
+    assert written == position, f"{written} bytes of tensors instead of {position}"
     return file.hexdigest()
+
+
+def _made(task: tuple[OutgoingTensor, slice]) -> np.ndarray:
+    tensor, rows = task
+    array = np.ascontiguousarray(tensor.read(rows))
+    assert array.shape == (rows.stop - rows.start, *tensor.shape[1:]), f"{tensor.name}: {array.shape}"
+    assert array.dtype == tensor.dtype, f"{tensor.name}: {array.dtype} instead of {tensor.dtype}"
+    return array
