@@ -87,9 +87,17 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Returns uint32 [tokens] for each text, document_start and document_end included."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            self._whole(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+
+    def _whole(self, ids: list[int]) -> npt.NDArray[np.uint32]:
+        """Puts the boundaries around a document's ids."""
         # By way of array: numpy takes twice as long to read a list of Python's integers.
-        return [np.frombuffer(array("I", self._start + encoding.ids + self._end), np.uint32) for encoding in encodings]
+        tokens = array("I", self._start)
+        tokens.fromlist(ids)
+        tokens.fromlist(self._end)
+        return np.frombuffer(tokens, np.uint32)
 
     def encode_documents(self, documents: Sequence[Document]) -> list[npt.NDArray[np.uint32] | BadDocument]:
         """`encode` of documents' texts."""
