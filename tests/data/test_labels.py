@@ -132,6 +132,8 @@ def test_a_damaged_or_foreign_model_is_refused(styled: Path, tmp_path: Path) -> 
     for change, complaint in (
         ({"model_version": 9}, "model of version 9, this program reads 1"),
         ({"classes": ["story", "manual"]}, "does not match its hash"),
+        ({"features": {"bits": 2}}, "does not match its hash"),
+        ({"features": {"nonsense": 2}}, "no model, or damaged"),
     ):
         text = np.frombuffer(json.dumps({**meta, **change}).encode(), np.uint8)
         np.savez_compressed(tmp_path / "other.npz", **{**parts, "meta": text})

@@ -12,7 +12,7 @@ from tlite_jax.config import MixtureConfig
 from tlite_jax.data.bucket_writer import BucketWriter
 from tlite_jax.data.buckets import BucketStore
 from tlite_jax.data.files import write_json
-from tlite_jax.data.loader import RowSource
+from tlite_jax.data.loader import BatchSource, RowSource
 from tlite_jax.data.mixture import make_plan
 from tlite_jax.data.packed_rows import write_packed
 from tlite_jax.data.row_format import FORMAT_VERSION, UNSCORED
@@ -76,6 +76,17 @@ def test_loss_and_gradients_equal_those_of_documents_alone(tmp_path: Path, docum
     assert count == expected_count == np.sum(packed["targets"] >= 0)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert max_difference(gradients, expected_gradients) < 2e-5
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 6])
+def test_packed_rows_are_the_same_on_any_number_of_hosts(tmp_path: Path, hosts: int) -> None:
+    store = open_store(tmp_path / "s", "best_fit")
+    plan = make_plan(MixtureConfig(), store.infos(), seed=0, sequence_length=T, rows=None)
+    rows = RowSource(plan, store, document_masking="best_fit")
+    whole = BatchSource(rows, start_row=0, batch_size=6, offsets=np.arange(6))[0]
+    parts = [BatchSource(rows, start_row=0, batch_size=6, offsets=part)[0] for part in np.split(np.arange(6), hosts)]
+    for name, values in whole.items():
+        assert np.array_equal(values, np.concatenate([part[name] for part in parts])), name
 
 
 def test_masked_tokens_have_no_gradient(tmp_path: Path) -> None:

@@ -109,11 +109,19 @@ class TextModel:
         if not isinstance(meta, dict) or meta.get("model_version") != MODEL_VERSION:
             found = meta.get("model_version") if isinstance(meta, dict) else None
             raise UserError(f"{path}: model of version {found}, this program reads {MODEL_VERSION}; train it again")
-        features = Features(**meta["features"])
-        model = cls(meta["label"], tuple(meta["classes"]), weights, biases, features, meta["facts"])
-        if model.hash() != meta["hash"]:
+        try:
+            features = Features(**meta["features"])
+            model = cls(meta["label"], tuple(meta["classes"]), weights, biases, features, meta["facts"])
+            intact = model.hash() == meta["hash"] and model._is_consistent()
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no model, or damaged: {error!r}; train it again") from error
+        if not intact:
             raise UserError(f"{path} is damaged: it does not match its hash; restore it or train it again")
         return model
+
+    def _is_consistent(self) -> bool:
+        shapes = (self.weights.shape, self.biases.shape)
+        return shapes == ((len(self.classes), 1 << self.features.bits), (len(self.classes),))
 
     def _meaning(self) -> dict[str, Any]:
         return {
