@@ -1,11 +1,11 @@
-"""The data engine on this machine: reading packed rows, and tokenising against the bare tokenizer.
+"""The data engine on this machine: reading packed rows, planning 2,000 buckets, tokenising against the bare tokenizer.
 
-    python bench/data.py            # about 3 minutes
+    python bench/data.py            # about 5 minutes
     python bench/data.py --small    # half a minute: does it work
     python bench/data.py --json
 
-Both use one core. Contenders take turns; medians are printed. Rates by processor time (`of core`) say what a core can
-do; rates by the clock are lower where others use the machine.
+Reading and tokenising use one core. Contenders take turns; medians are printed. Rates by processor time (`of core`) say
+what a core can do; rates by the clock are lower where others use the machine.
 """
 
 import argparse
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from bench import _data_loader, _data_tokenize  # noqa: E402  (found through the line above)
+from bench import _data_loader, _data_mixture, _data_tokenize  # noqa: E402  (found through the line above)
 
 
 def main() -> None:
@@ -35,11 +35,18 @@ def main() -> None:
         "loader": _data_loader.measure(tokens=tokens, repeats=options.repeats),
         "tokenise": _data_tokenize.measure(megabytes=megabytes, repeats=options.repeats, tokenizer=options.tokenizer),
     }
+    scales = ("300B",) if options.small else tuple(_data_mixture.SCALES)
+    repeats = 1 if options.small else min(3, options.repeats)
+    results["mixture"] = {
+        "command_seconds": _data_mixture.measure_command(repeats=repeats),
+        "scales": _data_mixture.measure(repeats=repeats, scales=scales),
+    }
     if options.json:
         print(json.dumps(results))
         return
     print(f"load of the machine {os.getloadavg()[0]:.2f}")
     _print_loader(results["loader"])
+    _print_mixture(results["mixture"])
     _print_tokenise(results["tokenise"])
 
 
@@ -49,6 +56,13 @@ def _print_loader(results: dict[str, Any]) -> None:
         rates = f"{found['core_mtok_per_second']:.0f} Mtok/s of core, {found['wall_mtok_per_second']:.0f} by the clock"
         share = f"{_data_loader.HOST_TOKENS_PER_SECOND:,} tok/s take {found['share_of_a_core']:.3%} of a core"
         print(f"  {name}: {rates}; {share}")
+
+
+def _print_mixture(results: dict[str, Any]) -> None:
+    print(f"`mixture` for {_data_mixture.NUM_BUCKETS:,} declared buckets: {results['command_seconds']:.2f} s in all")
+    for name, found in results["scales"].items():
+        seconds = f"planned in {found['plan_seconds']:.2f} s, resumed in {found['first_batch_seconds']:.3f} s"
+        print(f"  {name}: {seconds}, {found['rows_per_second']:,.0f} rows/s, {found['memory_bytes'] / 1e6:.0f} MB")
 
 
 def _print_tokenise(results: dict[str, Any]) -> None:
