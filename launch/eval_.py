@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Run directory, or one RUN/checkpoints/STEP.")],
     buckets: Annotated[Path | None, typer.Option(help="Prepared buckets; default: the run's own.")] = None,
-    step: Annotated[int | None, typer.Option(help="Step of the run; default: the newest.")] = None,
+    step: Annotated[str | None, typer.Option(help="Step of the run, or best; default: the newest.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Per bucket; default: all held out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -1,6 +1,6 @@
 """Evaluation inside a training run: opens what its config names, measures the base once, and hands it to the loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,12 +88,34 @@ def make_evaluation(run: "Run", mesh: "Mesh") -> "InLoopEvaluation":
         keys,
         measure,
         start=base if starts else None,
-        sample=None,
+        sample=_sampler(run, mesh) if config.evaluation.samples else None,
         every=config.evaluation.every,
         total_steps=run.total_steps,
         start_step=run.start_step if run.resumed else None,
         held=steps_on_disk(run.directory),
     )
+
+
+def _sampler(run: "Run", mesh: "Mesh") -> "Callable[[Any], Mapping[str, str]]":
+    """Parameters -> what the model writes after each prompt."""
+    from launch.language_model import load_tokenizer
+    from tlite_jax.evaluate.language_model import LanguageModel
+
+    config = run.config
+    assert config.model is not None
+    tokenizer = load_tokenizer(run.directory / "tokenizer")
+    model = LanguageModel(None, config.model, mesh, tokenizer, dtype=config.execution.compute_dtype)
+    prompts = [model.encode(prompt) for prompt in config.evaluation.samples]
+
+    def sample(params: Any) -> Mapping[str, str]:
+        model.params = params
+        try:
+            written = model.write(prompts, max_new_tokens=config.evaluation.sample_tokens)
+        finally:
+            model.params = None  # the next step reuses their memory
+        return {prompt: part.text for prompt, part in zip(config.evaluation.samples, written, strict=True)}
+
+    return sample
 
 
 def _tokenizer(config: "RunConfig", directory: Path | None = None) -> "TokenizerFile":

@@ -21,7 +21,7 @@ def main(
     format_: Annotated[
         str, typer.Option("--format", help="hf: a Hugging Face directory. gguf: files for llama.cpp.")
     ] = "hf",
-    step: Annotated[int | None, typer.Option(help="Step of the run; default: the newest.")] = None,
+    step: Annotated[str | None, typer.Option(help="Step of the run, or best; default: the newest.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -74,14 +74,14 @@ def main(
 
 
 def export_model(
-    checkpoint: Path, dst: Path, *, step: int | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
+    checkpoint: Path, dst: Path, *, step: int | str | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
 ) -> None:
     """Writes a checkpoint as a Hugging Face directory, whole or not at all.
 
     Args:
       checkpoint: a run directory, or RUN/checkpoints/STEP.
       dst: must not exist, or be an empty directory.
-      step: of the run; None: the newest.
+      step: of the run, or best; None: the newest.
       dtype: of all weights; None: each tensor's own at import, or the run's default.
       max_shard_size: of one weights file.
 
@@ -118,7 +118,7 @@ def export_gguf_files(
     types: list[str],
     facts: "ReleaseFacts",
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     dtype: str | None = None,
     pre_tokenizer: str | None = None,
 ) -> list[Path]:
@@ -129,7 +129,7 @@ def export_gguf_files(
       dst: directory; made when absent; must not hold the files yet.
       types: keys of gguf_types.FILE_TYPES.
       facts: the model's name and what else only its publisher knows; step, recipe and version are filled in.
-      step: of the run; None: the newest.
+      step: of the run, or best; None: the newest.
       dtype: matrices are rounded to it before they are quantised; None: they are taken as stored.
       pre_tokenizer: llama.cpp's name, taken unchecked; None: recognised.
 

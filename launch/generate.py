@@ -36,7 +36,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    step: Annotated[int | None, typer.Option(help="Step of the run; default: the newest.")] = None,
+    step: Annotated[str | None, typer.Option(help="Step of the run, or best; default: the newest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each answer.")] = False,
 ) -> None:
     """Continue texts, or answer messages.

@@ -14,14 +14,14 @@ DTYPES = ("float32", "bfloat16")
 
 
 def open_language_model(
-    source: Path, *, step: int | None = None, dtype: str = "float32", **options: Any
+    source: Path, *, step: int | str | None = None, dtype: str = "float32", **options: Any
 ) -> "LanguageModel":
     """Reads a model into its shards on all devices there are.
 
     Args:
       source: a run (the newest step, or the given one), one RUN/checkpoints/STEP, a Hugging Face directory, one weights
         file in it, a hub id, or a GGUF file.
-      step: of a run.
+      step: of a run, or best.
       dtype: float32 or bfloat16, to keep and to compute in.
       options: of `LanguageModel`: max_length, batch_tokens.
 

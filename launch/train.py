@@ -89,6 +89,7 @@ def train_run(run: "Run", init_seconds: float = 0.0) -> "Result":
     spent = {"init": init_seconds, "evaluation": time.monotonic() - began}
     result = train(run, mesh, console=console, evaluate=evaluate, spent=spent)
     if jax.process_index() == 0:
+        _plot(run, evaluate)
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")
         print(_goodput(run))
         if result.first_step_seconds is not None:
@@ -105,6 +106,18 @@ def _goodput(run: "Run") -> str:
     rest = ", ".join(f"{part.replace('_', ' ')} {-seconds / spent.seconds:.1%}" for seconds, part in most)
     starts = f"{len(spent.starts)} start{'s' if len(spent.starts) > 1 else ''}"
     return f"goodput {spent.goodput:.1%} of {spent.seconds:.0f} s in {starts}; the rest: {rest}"
+
+
+def _plot(run: "Run", evaluate: object) -> None:
+    """Draws what the evaluations found, for reports."""
+    if evaluate is None or not run.config.telemetry.jsonl:
+        return
+    from tlite_jax.telemetry.board_plot import has_board, plot_board
+
+    metrics = run.directory / "metrics.jsonl"
+    if has_board(metrics):
+        for suffix in ("png", "svg"):
+            plot_board(metrics, run.directory / "evaluation" / f"board.{suffix}", str(run.directory))
 
 
 def _ending(result: "Result") -> str:

@@ -85,19 +85,21 @@ def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
-def find(path: Path, step: int | Literal["best"] | None = None) -> Checkpoint:
+def find(path: Path, step: int | str | None = None) -> Checkpoint:
     """Opens a run's checkpoint; reads no arrays.
 
     Args:
       path: RUN, RUN@STEP, RUN@best or RUN/checkpoints/STEP.
-      step: of RUN, before what stands behind an @; best: the one with the smallest objective of the run's evaluations;
-        None: the newest.
+      step: of RUN, before what stands behind an @; "best": the one with the smallest objective of the run's
+        evaluations; None: the newest.
 
     Raises:
       UserError: nothing there, no such step, no best one, or a format that this version does not read.
     """
     path, behind = _split_step(Path(path))
     step = behind if step is None else step
+    if isinstance(step, str):
+        step = parse_step(step)
     if path.parent.name == "checkpoints" and _is_step(path.name):
         run, step = path.parent.parent, int(path.name)
     else:
@@ -130,12 +132,12 @@ def parse_step(text: str) -> int | Literal["best"]:
     return int(text)
 
 
-def _split_step(path: Path) -> tuple[Path, int | Literal["best"] | None]:
+def _split_step(path: Path) -> tuple[Path, str | None]:
     """RUN@STEP -> (RUN, STEP); a path that is there is taken as it is."""
     name, separator, behind = path.name.rpartition("@")
     if not separator or path.exists():
         return path, None
-    return path.with_name(name) if name else path.parent, parse_step(behind)
+    return path.with_name(name) if name else path.parent, behind
 
 
 def _best(run: Path, steps: list[int]) -> int:

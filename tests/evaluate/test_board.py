@@ -162,7 +162,7 @@ def test_terms_are_read():
 
 
 def test_what_is_not_measured_cannot_be_asked_for():
-    with pytest.raises(ValueError, match="kl, watch and best need evaluation: give every"):
+    with pytest.raises(ValueError, match="kl, watch, best and samples need evaluation: give every"):
         EvaluationConfig(watch=(WatchConfig(select={}, worse_by=1.0),))
     with pytest.raises(
         ValueError, match=r"watch\[0\] needs KL\(base \|\| now\), which is not measured: give kl.tokens"

@@ -1,8 +1,11 @@
 """KL(base || now) from the base's most likely tokens: exact with all of them, a lower bound with fewer."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import tiny_model
 
 from tlite_jax.config import ExecutionConfig, MeshConfig
@@ -41,12 +44,13 @@ def sample(num_tokens: int = 60):
     return replay_sample(make_buckets(), BOUNDARIES, num_tokens=num_tokens, length=LENGTH)
 
 
+@functools.cache
 def params(seed: int) -> dict:
-    return decoder.init_params(MODEL, seed)
+    return jax.tree.map(np.asarray, decoder.init_params(MODEL, seed))
 
 
 def moved(by: float) -> dict:
-    return jax.tree.map(lambda a, b: a + by * b, params(0), params(1))
+    return jax.tree.map(lambda a, b: a + np.float32(by) * b, params(0), params(1))
 
 
 def stored(tree: dict, mesh) -> dict:
@@ -66,17 +70,18 @@ def measure(directory, base, now, *, top_k, mesh_config=ONE, batch_size=2, token
 
 def direct(base, now) -> dict[str, float]:
     """The whole divergence in float64, window by window, without packing, chunks or a mesh."""
-    from flax import nnx
 
-    def log_probabilities(tree, tokens):
-        hidden, head = nnx.merge(decoder.graphdef(MODEL), tree)(tokens[None])
+    @jax.jit
+    def log_probabilities(tree, tokens_T):
+        hidden, head = nnx.merge(decoder.graphdef(MODEL), tree)(tokens_T[None])
         return jax.nn.log_softmax(linear(hidden, head))[0]
 
-    compiled = jax.jit(log_probabilities)
     result = dict.fromkeys("abc", 0.0)
     replay = sample()
     for window in replay.packing.windows:
-        p, q = (np.asarray(compiled(tree, window.inputs), np.float64) for tree in (base, now))
+        size = len(window.inputs)
+        padded = np.pad(window.inputs, (0, LENGTH - size))
+        p, q = (np.asarray(log_probabilities(tree, padded), np.float64)[:size] for tree in (base, now))
         result[replay.names[window.owner]] += float(np.sum(np.exp(p) * (p - q)))
     return result
 
@@ -94,33 +99,31 @@ def test_with_the_whole_vocabulary_it_is_the_whole_divergence(tmp_path, whole):
 
 
 def test_fewer_tokens_give_a_lower_bound_that_rises_with_them(tmp_path, whole):
-    found = [measure(tmp_path / str(k), params(0), moved(0.3), top_k=k) for k in (1, 8, 64, V - 1)]
+    found = [measure(tmp_path / str(k), params(0), moved(0.3), top_k=k) for k in (4, 64)]
     for name, expected in whole.items():
         bounds = [part[name].nats for part in found]
-        assert bounds == sorted(bounds)
-        assert bounds[0] > 0
-        assert bounds[-1] <= expected * (1 + 1e-6)
-        assert bounds[-2] < expected * 0.999
-        assert bounds[-1] == pytest.approx(expected, rel=1e-2)
+        assert 0 < bounds[0] < bounds[1] < expected * 0.999
+        assert bounds[1] > 0.5 * expected
 
 
 def test_the_base_has_moved_nowhere(tmp_path):
     found = measure(tmp_path, params(0), params(0), top_k=8)
     for part in found.values():
         assert part.per_token == pytest.approx(0, abs=1e-6)
+    broken = {**params(0), "final_norm": params(0)["final_norm"] * np.nan}
+    with pytest.raises(NotFiniteError, match=r"KL\(base \|\| now\) on held-out bucket a is nan"):
+        measure(tmp_path, None, broken, top_k=8)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 2, 2), (8, 1, 1)])
-def test_meshes_and_batches_agree_and_read_each_others_base(tmp_path, shape):
-    replica, fsdp, context = shape
-    config = MeshConfig(replica=replica, fsdp=fsdp, context=context)
+def test_meshes_and_batches_agree_and_read_each_others_base(tmp_path):
     expected = measure(tmp_path, params(0), moved(0.3), top_k=8)
-    read = measure(tmp_path, None, moved(0.3), top_k=8, mesh_config=config, batch_size=7)
-    written = measure(tmp_path / "own", params(0), moved(0.3), top_k=8, mesh_config=config)
+    meshes = MeshConfig(replica=2, fsdp=2, context=2), MeshConfig(fsdp=3)
+    read = measure(tmp_path, None, moved(0.3), top_k=8, mesh_config=meshes[0], batch_size=7)
+    written = measure(tmp_path / "own", params(0), moved(0.3), top_k=8, mesh_config=meshes[1])
     for name, part in expected.items():
         assert read[name].nats == pytest.approx(part.nats, rel=1e-5)
         assert written[name].nats == pytest.approx(part.nats, rel=1e-5)
-        assert read[name].num_tokens == part.num_tokens
+        assert read[name].num_tokens == written[name].num_tokens == part.num_tokens
 
 
 def test_a_sample_takes_evenly_what_there_is():
@@ -132,10 +135,7 @@ def test_a_sample_takes_evenly_what_there_is():
         sample(91)
 
 
-def test_not_finite_names_the_bucket(tmp_path):
-    broken = params(0)
-    broken["final_norm"] = broken["final_norm"] * np.nan
-    with pytest.raises(NotFiniteError, match=r"KL\(base \|\| now\) on held-out bucket a is nan"):
-        measure(tmp_path, params(0), broken, top_k=8)
+def test_a_base_that_is_not_finite_is_refused(tmp_path):
+    broken = {**params(0), "final_norm": params(0)["final_norm"] * np.nan}
     with pytest.raises(NotFiniteError, match="row 0 of the replay sample"):
         measure(tmp_path, broken, params(0), top_k=8)

@@ -14,6 +14,7 @@ from tlite_jax.errors import UserError
 from tlite_jax.evaluate import base_files
 from tlite_jax.evaluate.base import find_base
 from tlite_jax.evaluate.divergence import DivergenceMeter
+from tlite_jax.evaluate.in_loop import SAMPLES_FILE
 from tlite_jax.train.run import open_run
 
 EVALUATION = (
@@ -121,6 +122,7 @@ def test_the_best_step_can_be_named(whole: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in text]
     lines[2]["objective"] = -1.0
     (copy / BOARD_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert find(copy, "4").step == 4
     assert find(copy, "best").step == find(Path(f"{copy}@best")).step == 4
     assert find(copy).step == 6
     assert find(Path(f"{copy}@2")).step == 2
@@ -133,13 +135,19 @@ def test_the_best_step_can_be_named(whole: Path, tmp_path: Path) -> None:
         find(tiny.data() / "imported", "best")
 
 
-def test_random_weights_are_a_base_too(tmp_path: Path) -> None:
-    config = tiny.config(tmp_path / "run", EVALUATION, "train.steps=2")
+def test_random_weights_are_a_base_too_and_samples_are_written(tmp_path: Path) -> None:
+    samples = "evaluation.samples=[Чтобы сохранить, Open the]"
+    config = tiny.config(tmp_path / "run", EVALUATION, "train.steps=2", samples, "evaluation.sample_tokens=5")
     evaluation = make_evaluation(open_run(config, mesh=tiny.mesh()), tiny.mesh())
     tiny.start(config, evaluate=evaluation)
     found = board(tmp_path / "run")
     assert found[0]["kl"]["en.en"][0] == 0 < found[2]["kl"]["en.en"][0]
     assert json.loads((tmp_path / "run" / base_files.BASE_FILE).read_text())["base"] == "random weights"
+    written = [json.loads(line) for line in (tmp_path / "run" / SAMPLES_FILE).read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in written] == [
+        (step, prompt) for step in (0, 2) for prompt in ("Чтобы сохранить", "Open the")
+    ]
+    assert all(line["continuation"] for line in written)
 
 
 @pytest.mark.parametrize(

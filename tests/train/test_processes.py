@@ -3,6 +3,7 @@
 Losses agree to float32 rounding, not bit for bit: between processes the sums are taken in another order.
 """
 
+import json
 import os
 import signal
 import socket
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.evaluation import make_evaluation
 from tests import tiny
+from tlite_jax.best import BOARD_FILE
 from tlite_jax.checkpoint import find, steps_on_disk
+from tlite_jax.train.run import open_run
 
 BATCH_SIZE = 24
 MANY_STEPS = 5000  # more than a preempted job can take
@@ -29,7 +33,9 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 class Job:
     """`launch train` in several processes of so many devices each."""
 
-    def __init__(self, directory: Path, config: Path, output: Path, steps: int, *, processes: int, devices: int):
+    def __init__(
+        self, directory: Path, config: Path, output: Path, steps: int, *words: str, processes: int, devices: int
+    ):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -37,6 +43,7 @@ class Job:
         self.processes = []
         for number in range(processes):
             command = [sys.executable, "-m", "launch", "train", str(config), f"output={output}", f"train.steps={steps}"]
+            command += words
             if processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes)]
                 command += ["--process-id", str(number)]
@@ -85,8 +92,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     )
     jobs: list[Job] = []
 
-    def call(name: str, steps: int, *, processes: int, devices: int) -> tuple[Job, Path]:
-        jobs.append(Job(directory, config, directory / name, steps, processes=processes, devices=devices))
+    def call(name: str, steps: int, *words: str, processes: int, devices: int) -> tuple[Job, Path]:
+        jobs.append(Job(directory, config, directory / name, steps, *words, processes=processes, devices=devices))
         return jobs[-1], directory / name
 
     yield call
@@ -127,3 +134,37 @@ def test_one_of_two_processes_that_cannot_start_does_not_hang_the_other(start) -
     assert len(lines) == 1
     assert "cannot write to" in lines[0]
     assert not output.exists()
+
+
+def test_two_processes_evaluate_as_one_and_stop_together(start, tmp_path: Path) -> None:
+    words = [
+        "evaluation={every: 2, batch_size: 8, kl: {tokens: 100, top_k: 8}, best: {objective: {language=ru: 1.0}}, "
+        "samples: [Чтобы], sample_tokens: 3, watch: [{select: {}, metric: kl, worse_by: 1e-9, action: stop}]}",
+        f"data.mixture.tokens={TOKENS}",
+        "schedule={name: constant_with_warmup, warmup_steps: 1}",
+    ]
+    two, run = start("evaluated", 6, *words, processes=2, devices=4)
+    assert two.wait() == [1, 1], two.logs.read_text()
+    assert steps_on_disk(run) == [2], two.logs.read_text()
+    found = [json.loads(line) for line in (run / BOARD_FILE).read_text().splitlines()]
+    assert [line["step"] for line in found] == [0, 2]
+    assert find(run, "best").step == 2
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == [
+        "alerts.jsonl", "base.json", "base_kl", "best.json", "board.jsonl", "board.png", "board.svg", "samples.jsonl",
+    ]  # fmt: skip
+
+    config = tiny.config(tmp_path / "one", "train.steps=6", *words)
+    mesh = tiny.mesh()
+    evaluation = make_evaluation(open_run(config, mesh=mesh), mesh)
+    assert tiny.start(config, mesh, evaluate=evaluation).stopped is not None
+    expected = [json.loads(line) for line in (tmp_path / "one" / BOARD_FILE).read_text().splitlines()]
+    for line, other in zip(found, expected, strict=True):
+        for name, sums in other["scores"].items():
+            assert line["scores"][name] == pytest.approx(sums, rel=1e-6)
+        for name, sums in other["kl"].items():
+            assert line["kl"][name] == pytest.approx(sums, rel=1e-3)
+    with (
+        (run / "evaluation" / "samples.jsonl").open() as ours,
+        (tmp_path / "one" / "evaluation" / "samples.jsonl").open() as theirs,
+    ):
+        assert ours.read() == theirs.read()

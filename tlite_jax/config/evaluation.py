@@ -57,7 +57,7 @@ class BestConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Bits per byte on held-out documents, divergence from the base, alerts and the best step."""
+    """Bits per byte on held-out documents, divergence from the base, alerts, the best step and samples of text."""
 
     every: Positive | None = Field(default=None, description="steps; null: never during training")
     batch_size: Positive = 8
@@ -71,11 +71,15 @@ class EvaluationConfig(Section):
     kl: KLConfig | None = Field(default=None, description="null: not measured")
     watch: tuple[WatchConfig, ...] = ()
     best: BestConfig | None = Field(default=None, description="null: checkpoints are kept by their age only")
+    samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="prompts that the model goes on with at each evaluation, greedily"
+    )
+    sample_tokens: Positive = Field(default=64, description="of each continuation, at most")
 
     @model_validator(mode="after")
     def _asks_for_what_is_measured(self) -> Self:
-        if self.every is None and (self.watch or self.best or self.kl):
-            raise ValueError("kl, watch and best need evaluation: give every")
+        if self.every is None and (self.watch or self.best or self.kl or self.samples):
+            raise ValueError("kl, watch, best and samples need evaluation: give every")
         uses = [f"watch[{number}]" for number, watch in enumerate(self.watch) if watch.metric == "kl"]
         if self.best is not None:
             uses += [f"best.objective {name!r}" for name in self.best.objective if parse_term(name).metric == "kl"]
