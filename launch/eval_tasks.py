@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def evaluate_tasks(
     checkpoint: Path,
     *,
-    step: int | None,
+    step: int | str | None,
     dtype: str,
     batch_tokens: int | None,
     max_length: int | None,

@@ -127,8 +127,10 @@ class Generator:
         numbers = np.zeros(rows, np.int32)
         numbers[: len(prompts)] = range(len(prompts)) if streams is None else streams
         place = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), _FIXED_SPECS)
-        fixed = Fixed(padding, numbers, stops, jax.random.key(sampling.seed), sampling.values)  # type: ignore[arg-type]
-        fixed = jax.device_put(fixed, place)
+        # Made on all devices, others' included: an array of this process alone could not be placed there.
+        key = jax.jit(jax.random.key, out_shardings=place.key)(sampling.seed)
+        values = jax.tree.map(np.asarray, sampling.values)
+        fixed = jax.device_put(Fixed(padding, numbers, stops, key, values), place)  # type: ignore[arg-type]
         alive = jax.device_put(np.arange(rows) < len(prompts), place.padding)
         asked = jax.device_put(tokens, NamedSharding(self.mesh, ROWS_SPEC))
         read = self._program("prefill", sampling.traits, cache_length)
