@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,43 @@ def test_a_killed_process_costs_what_it_was_doing(tmp_path: Path) -> None:
 def test_processes_that_are_always_killed_end_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"killed 3 times, out of memory perhaps: lower data\.prepare\.num_workers"):
         run(_always_killed, tmp_path, 1)
+
+
+def _waits_for_ever(number: int) -> int:
+    Path(f"{number}.partial").write_text(str(os.getpid()))
+    Path(f"{number}.partial").rename(f"{number}.pid")
+    signal.pause()
+    return number
+
+
+def test_processes_end_with_their_parent(tmp_path: Path) -> None:
+    run_two = f"test_workers.run(test_workers._waits_for_ever, pathlib.Path({str(tmp_path)!r}), 2)"
+    code = f"import pathlib, test_workers; {run_two}"
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parents[1]), str(here.parent), str(here)])
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    try:
+        _until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+    _until(lambda: not any(_is_alive(pid) for pid in pids))
+
+
+def _until(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_an_error_is_raised_as_it_is(tmp_path: Path) -> None:

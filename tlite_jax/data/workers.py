@@ -1,6 +1,9 @@
 """Tasks in several processes of this machine; a process that is killed costs only the tasks it had."""
 
+import ctypes
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +13,7 @@ from tlite_jax.errors import UserError
 
 # Pools in a row that broke before any task was done.
 _MAX_BROKEN = 3
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_tasks(
@@ -44,7 +48,7 @@ def run_tasks(
         # Spawned, not forked: the parent may hold threads of jax.
         context = multiprocessing.get_context("spawn")
         size = min(num_workers, len(todo))
-        pool = ProcessPoolExecutor(size, context, initializer=start, initargs=start_arguments)
+        pool = ProcessPoolExecutor(size, context, initializer=_begin, initargs=(os.getpid(), start, start_arguments))
         try:
             futures: dict[Future[Any], int] = {pool.submit(work, tasks[number]): number for number in todo}
             for future in as_completed(futures):
@@ -58,3 +62,11 @@ def run_tasks(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return [results[number] for number in range(len(tasks))]
+
+
+def _begin(parent: int, start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Prepares a process, which is to end with its parent: nobody else would ever tell it to."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start(*arguments)
