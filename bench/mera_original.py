@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import mini_mera  # noqa: E402
 from _mera_fake import FakeModel  # noqa: E402
 
-from tlite_jax.evaluate.mera.run import TaskRun, run_task  # noqa: E402
+from tlite_jax.evaluate.mera.run import TaskRun, prepare, run_task  # noqa: E402
 from tlite_jax.evaluate.mera.score import total_score  # noqa: E402
 from tlite_jax.evaluate.mera.submission import submission_json  # noqa: E402
 from tlite_jax.evaluate.mera.tasks import TASKS, Task  # noqa: E402
@@ -62,17 +62,8 @@ def _original(checkout: Path, squad: Path, data: Path, output: Path) -> dict[str
 
 
 def _ours(task: Task, data: Path, store: Path) -> TaskRun:
-    return run_task(
-        FakeModel(),
-        task,
-        data,
-        split="test",
-        limit=None,
-        allow_code=True,
-        store=store,
-        identity={},
-        progress=lambda *_: None,
-    )
+    questions = prepare(data, task, split="test", limit=None)
+    return run_task(FakeModel(), questions, allow_code=True, store=store, identity={}, progress=lambda *_: None)
 
 
 def _compare(run: TaskRun, theirs: dict[str, Any]) -> bool:

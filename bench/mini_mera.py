@@ -223,6 +223,7 @@ _ALL = (
 MAKERS: dict[str, Maker] = {maker.__name__: maker for maker in _ALL} | {"ruworldtree": ruopenbookqa}
 TEST_ONLY = ("ruethics", "ruhatespeech", "ruhhh")
 PUBLIC_TEST = ("lcs", "rummlu", "rumodar", "ruhumaneval")
+LEAST_EXAMPLES = 12  # five shots of either of two domains, and one over
 WITH_DEV = ("rcb", "parus", "rwsd", "use")
 
 
@@ -231,7 +232,7 @@ def write(root: Path, *, documents: int = 8, answers: bool = False, seed: int = 
 
     Args:
       root: directory, made if absent.
-      documents: of each task's test split; the split with answers has three times as many.
+      documents: of each task's test split; the split with answers has three times as many, and LEAST_EXAMPLES at least.
       answers: whether test documents keep theirs.
       seed: of the texts.
 
@@ -241,7 +242,7 @@ def write(root: Path, *, documents: int = 8, answers: bool = False, seed: int = 
     for name, maker in MAKERS.items():
         splits = {"test": documents}
         if name not in TEST_ONLY:
-            splits["public_test" if name in PUBLIC_TEST else "train"] = 3 * documents
+            splits["public_test" if name in PUBLIC_TEST else "train"] = max(3 * documents, LEAST_EXAMPLES)
         if name in WITH_DEV:
             splits["dev"] = documents
         for split, count in splits.items():

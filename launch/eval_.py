@@ -40,12 +40,36 @@ def main(
     seed: Annotated[int | None, typer.Option(help="Of few-shot choice and of draws.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="At a time on each device; default: 4096.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of context; default: the model's.")] = None,
+    mera: Annotated[str | None, typer.Option(help="Run MERA: directory of its dataset, hub, or hub@REVISION.")] = None,
+    mera_version: Annotated[str, typer.Option(help="Whose prompts and rules.")] = "1.1.0",
+    mera_split: Annotated[str, typer.Option(help="test, train (or public_test), or validation.")] = "test",
+    mera_tasks: Annotated[str | None, typer.Option(help="Names with commas, or all 21; default: the 17.")] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs that the model writes (ruHumanEval).")
+    ] = False,
 ) -> None:
-    """Measure bits per byte on held-out text, per bucket and language; or run lm-evaluation-harness's tasks.
+    """Measure bits per byte on held-out text, per bucket and language; or run lm-evaluation-harness's tasks, or MERA.
 
     Example: python -m launch eval runs/quickstart/run --json
     Example: python -m launch eval runs/tlite_8b --tasks arc_easy,mmlu --num-fewshot 5 --output results
+    Example: python -m launch eval runs/tlite_8b --mera MERA --output results
     """
+    if mera is not None:
+        from launch.mera import MeraOptions, evaluate_mera
+
+        if tasks is not None:
+            raise UserError("--tasks and --mera are two evaluations: give one of them")
+        evaluate_mera(
+            checkpoint,
+            MeraOptions(mera, mera_version, mera_split, mera_tasks, limit, allow_code_execution),
+            output,
+            step=step,
+            as_json=as_json,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
+        )
+        return
     if tasks is not None:
         from launch.eval_tasks import evaluate_tasks
 

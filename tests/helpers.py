@@ -12,6 +12,7 @@ ROPE_SCALING = Llama3RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128
 )
 
+_jit = jax.jit  # tests put quick_jit in its place
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 _HF_NAMES = {
@@ -117,4 +118,4 @@ def max_difference(tree, other) -> float:
 
 def quick_jit(function, **options):
     """jax.jit with little code generation, where tiny models spend their time; the partitioned program is the same."""
-    return jax.jit(function, compiler_options=QUICK, **options)
+    return _jit(function, compiler_options=QUICK, **options)

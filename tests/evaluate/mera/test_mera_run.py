@@ -8,7 +8,7 @@ import pytest
 from bench import mini_mera
 from bench._mera_fake import FakeModel, score_text, write_text
 from tlite_jax.errors import UserError
-from tlite_jax.evaluate.mera.run import run_task
+from tlite_jax.evaluate.mera.run import prepare, run_task
 from tlite_jax.evaluate.mera.submission import submission_json, write_zip
 from tlite_jax.evaluate.mera.tasks import TASKS, check_version
 
@@ -20,9 +20,10 @@ def root(tmp_path):
     return mini_mera.write(tmp_path / "mera", answers=True)
 
 
-def run(name, root, store, model=None, **fields):
-    options = {"split": "test", "limit": None, "allow_code": False, "identity": {}, "progress": lambda *_: None}
-    return run_task(model or FakeModel(), TASK[name], root, store=store, **{**options, **fields})
+def run(name, root, store, model=None, *, split="test", limit=None, **fields):
+    options = {"allow_code": False, "identity": {}, "progress": lambda *_: None}
+    questions = prepare(root, TASK[name], split=split, limit=limit)
+    return run_task(model or FakeModel(), questions, store=store, **{**options, **fields})
 
 
 def entries(made) -> list:
@@ -146,6 +147,11 @@ def test_the_split_with_answers_is_scored(task, root, tmp_path):
     assert len(made.records) == 4
     if task.metrics and task.kind != "code":
         assert set(task.metrics) <= set(made.scores())
+
+
+def test_a_limit_may_be_a_share(root, tmp_path):
+    half = run("LCS", root, tmp_path, limit=0.5)
+    assert half.records == run("LCS", root, tmp_path / "all").records[:4] == run("LCS", root, tmp_path, limit=4).records
 
 
 def test_without_answers_there_is_no_score(tmp_path):

@@ -7,6 +7,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from tests import tiny
+from tests.helpers import quick_jit
 from tlite_jax.config import MeshConfig, ModelConfig
 from tlite_jax.evaluate.language_model import LanguageModel
 from tlite_jax.evaluate.mera.text_model import MeraModel
@@ -15,6 +16,11 @@ from tlite_jax.sharding import make_mesh, place_params
 
 MODEL = ModelConfig(**tiny.MODEL)
 LONG = "Утром над рекой стоял туман, и лодка шла вдоль берега. " * 20
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(jax, "jit", quick_jit)
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +66,27 @@ def test_what_choices_share_cannot_turn_their_order(model):
     assert 10 < len(tokens[0]) <= MODEL.max_position_embeddings
     alone = [scored.logprob for scored in model.score_tokens([(ids[:-1], ids[-1:]) for ids in tokens])]
     assert first - second == pytest.approx(alone[0] - alone[1], abs=1e-12)
+
+
+def test_answers_end_at_a_stop_and_contexts_lose_their_beginning(model):
+    mera, told = MeraModel(model), []
+    contexts = ["Ответ:", LONG]
+    texts = mera.generate(contexts, stops=(), max_tokens=12, seed=None, progress=lambda *line: told.append(line))
+    for context, text in zip(contexts, texts, strict=True):
+        tokens = model.tokenizer.encode(context, add_special_tokens=False)[-(MODEL.max_position_embeddings - 12) :]
+        assert text == model.write([tokens], max_new_tokens=12)[0].text
+    assert (mera.num_truncated, told) == (1, [(2, 2)])
+    stop = texts[0][len(texts[0]) // 2]
+    (stopped,) = mera.generate(contexts[:1], stops=(stop,), max_tokens=12, seed=None, progress=lambda *_: None)
+    assert stopped == texts[0].split(stop)[0] != texts[0]
+
+
+def test_samples_follow_their_seed_alone(model, monkeypatch):
+    def sample(contexts, seed):
+        return MeraModel(model).generate(contexts, stops=(), max_tokens=8, seed=seed, progress=lambda *_: None)
+
+    contexts = ["Ответ:", "Да или нет?"]
+    first = sample(contexts, 0)
+    assert first != sample(contexts, 1)
+    monkeypatch.setattr("tlite_jax.evaluate.mera.text_model._PROMPTS_AT_A_TIME", 1)
+    assert sample(contexts, 0) == first

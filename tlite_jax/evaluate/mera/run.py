@@ -63,13 +63,50 @@ class TaskRun:
         return score_task(self.task, pairs) or None
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a task asks.
+
+    Attributes:
+      task: of `TASKS`.
+      documents: all of the split, in the dataset's order.
+      asked: documents to ask and their contexts, in the order of the requests; a dialogue's contexts are made later.
+    """
+
+    task: Task
+    documents: list[Document]
+    asked: list[tuple[Document, str]]
+
+
+def prepare(root: Path, task: Task, *, split: Split, limit: float | None) -> Questions:
+    """Reads a task's documents and builds its contexts.
+
+    Args:
+      root: copy of the dataset.
+      task: of `TASKS`.
+      split: which documents.
+      limit: number of documents, after the shuffle, or a share of them below 1; None: all.
+
+    Raises:
+      UserError: documents missing, broken or too few.
+    """
+    documents = load_documents(root, task, split)
+    count = len(documents) if limit is None else int(limit * len(documents) if limit < 1 else limit)
+    if count < 1:
+        raise UserError(f"a limit of {limit} leaves no document of {task.name}'s {len(documents)}")
+    if task.kind == "dialogue":
+        for number in range(len(documents)):
+            prompts.dialogue_context(task, documents, ["1"] * number)  # a document that is broken is said now
+        return Questions(task, documents, [(document, "") for document in documents[:count]])
+    examples = load_documents(root, task, "labelled") if task.shots else []
+    same_split = split == "labelled" and bool(task.shots)
+    return Questions(task, documents, prompts.contexts(task, documents, examples, count, same_split=same_split))
+
+
 def run_task(
     model: TextModel,
-    task: Task,
-    root: Path,
+    questions: Questions,
     *,
-    split: Split,
-    limit: int | None,
     allow_code: bool,
     store: Path,
     identity: Mapping[str, Any],
@@ -79,32 +116,24 @@ def run_task(
 
     Args:
       model: to be asked.
-      task: of `TASKS`.
-      root: copy of the dataset.
-      split: which documents.
-      limit: number of documents, after the shuffle; None: all.
+      questions: from `prepare`.
       allow_code: whether programs that the model writes may run.
       store: directory of kept answers.
-      identity: what the answers depend on besides the documents: version, checkpoint, dtype.
+      identity: what the answers depend on besides the questions: version, checkpoint, dtype.
       progress: called with (task, done, all).
 
     Raises:
-      UserError: documents missing or broken.
+      UserError: kept answers that are not readable.
+      FloatingPointError: log-likelihoods that are not finite.
     """
-    documents = load_documents(root, task, split)
-    examples = load_documents(root, task, "labelled") if task.shots else []
-    key = _key(task, documents, examples, {**identity, "split": split, "limit": limit})
+    task, documents = questions.task, questions.documents
+    key = _key(questions, identity)
     path = store / f"{task.name}.json"
     report = functools.partial(progress, task.name)
     records = _kept(path, key)
     if records is None:
-        same_split = split == "labelled" and bool(task.shots)
-        if task.kind == "dialogue":
-            records = _converse(model, task, documents[:limit], report)
-        else:
-            asked = prompts.contexts(task, documents, examples, limit, same_split=same_split)
-            ask = {"choice": _choose, "text": _write, "code": _program}[task.kind]
-            records = ask(model, task, asked, report)
+        ask = {"choice": _choose, "text": _write, "code": _program, "dialogue": _converse}[task.kind]
+        records = ask(model, task, questions.asked, report)
         _keep(path, key, records)
     if task.kind == "code" and allow_code and not all(record.answer is not None for record in records):
         records = _execute(records, {document_id(task, x): x for x in documents}, report)
@@ -132,7 +161,8 @@ def _chosen(task: Task, name: int | str, context: str, scores: list[float]) -> R
     return Record(name, context, scores=scores, answer=task.answers[best])
 
 
-def _converse(model: TextModel, task: Task, documents: Sequence[Document], report: Progress) -> list[Record]:
+def _converse(model: TextModel, task: Task, asked: Asked, report: Progress) -> list[Record]:
+    documents = [document for document, _ in asked]
     records: list[Record] = []
     for number in range(len(documents)):
         context = prompts.dialogue_context(task, documents, [record.answer for record in records])
@@ -189,8 +219,8 @@ def _shifted(report: Progress, before: int, total: int, done: int, _: int) -> No
     report(before + done, total)
 
 
-def _key(task: Task, documents: Sequence[Document], examples: Sequence[Document], other: Mapping[str, Any]) -> str:
-    content = json.dumps([asdict(task), documents, examples, other], ensure_ascii=False, sort_keys=True, default=str)
+def _key(questions: Questions, identity: Mapping[str, Any]) -> str:
+    content = json.dumps([asdict(questions), identity], ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
