@@ -84,9 +84,8 @@ def layout_problems(tensors: Sequence[TensorEntry], data_bytes: int) -> Iterator
             yield Problem(text, tensor.offset, end - tensor.offset)
         reached = tensor.offset + tensor.num_bytes
         if reached > data_bytes:
-            begin = min(tensor.offset, max(data_bytes, 0))
             text = f"tensor {shown(tensor.name)!r} leaves the file; fetch it again"
-            yield Problem(text, begin, reached - begin)
+            yield Problem(text, data_bytes, reached - data_bytes, tensor.name)
         if reached >= end:
             end, before = reached, tensor.name
 

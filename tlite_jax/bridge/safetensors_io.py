@@ -75,6 +75,7 @@ class Problem(NamedTuple):
     text: str
     begin: int
     size: int
+    tensor: str = ""  # that the file ends before the end of
 
 
 class OutgoingTensor(NamedTuple):
@@ -264,7 +265,7 @@ def layout_problems(spans: Mapping[str, Span], data_bytes: int) -> Iterator[Prob
     for name, (begin, end, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if end > data_bytes:
             text = f"{shown(name)!r} ends at {end}, the file's data at {data_bytes}: truncated, fetch it again"
-            yield Problem(text, min(begin, data_bytes), end - min(begin, data_bytes))
+            yield Problem(text, data_bytes, end - data_bytes, name)
         if begin != position:
             kind = "a hole" if begin > position else "overlap"
             text = f"{shown(name)!r} begins at {begin}, not at {position}: {kind}"

@@ -17,7 +17,7 @@ from tlite_jax.bridge.checksums import SUFFIX, SUMS_NAME, read_sums, sha256_of, 
 from tlite_jax.bridge.files import contained, read_json, shown
 from tlite_jax.bridge.gguf import ROPE_FACTORS, model_config_from_gguf
 from tlite_jax.bridge.hf_config import model_config_from_hf
-from tlite_jax.bridge.safetensors_io import INDEX_NAME, SINGLE_NAME, StoredTensor
+from tlite_jax.bridge.safetensors_io import INDEX_NAME, SINGLE_NAME, Problem, StoredTensor
 from tlite_jax.bridge.tokenizer import CARRIED, TOKENIZER, check_vocabulary, read_tokenizer, tokenizer_from_gguf
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError
@@ -87,6 +87,19 @@ class _Verifier:
     def _damage(self, file: str, problem: object, offset: int | None = None, size: int | None = None) -> None:
         text = str(problem).replace(f"{self._root}/", "").removeprefix(f"{file}: ")
         self._damages.append(Damage(file, text, offset, size))
+
+    def _places(self, file: str, begin: int, problems: Iterable[Problem]) -> None:
+        """Notes problems of a file's layout, whose data begins at `begin`; all that the file's end cuts off as one."""
+        cut = []
+        for problem in problems:
+            if problem.tensor:
+                cut.append(problem)
+            else:
+                self._damage(file, problem.text, begin + problem.begin, problem.size)
+        if cut:
+            others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+            text = f"truncated, fetch it again: {shown(cut[0].tensor)}{others} end beyond the file"
+            self._damage(file, text, begin + cut[0].begin, max(problem.size for problem in cut))
 
     def _count(self, what: str, size: int) -> None:
         self._done = min(self._done + size, self._total)
@@ -184,8 +197,7 @@ class _HfVerifier(_Verifier):
             self._damage(label, error)
             return None
         problems = list(safetensors_io.layout_problems(spans, size - begin))
-        for problem in problems:
-            self._damage(label, problem.text, begin + problem.begin, problem.size)
+        self._places(label, begin, problems)
         return None if problems else safetensors_io.read_file(path)
 
     def _tensors(self, model: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
@@ -267,8 +279,7 @@ class _GgufVerifier(_Verifier):
             *gguf_file.layout_problems(tensors, size - begin),
             *gguf_file.gaps(tensors, size - begin, header.alignment),
         ]
-        for problem in problems:
-            self._damage(name, problem.text, begin + problem.begin, problem.size)
+        self._places(name, begin, problems)
         stored = gguf_file.stored_tensors(path, tensors, begin)
         # What lies nowhere cannot be read: the factors are the one tensor that the config needs.
         readable = {key: tensor for key, tensor in stored.items() if not problems or key != ROPE_FACTORS}
@@ -317,8 +328,9 @@ def _not_finite(tensor: StoredTensor) -> tuple[int, int]:
     for begin in range(0, rows if per_row else 0, step):
         array = np.asarray(tensor.read(slice(begin, begin + step)))
         if array.dtype.name in _EXPONENTS and _has_full_exponent(array):
-            nan += int(np.isnan(array).sum())
-            infinite += int(np.isinf(array).sum())
+            with np.errstate(invalid="ignore"):
+                nan += int(np.isnan(array).sum())
+                infinite += int(np.isinf(array).sum())
     return nan, infinite
 
 
