@@ -40,7 +40,7 @@ class MeraOptions:
 
 
 def evaluate_mera(
-    checkpoint: Path, options: MeraOptions, output: Path | None, *, step: int | None, as_json: bool, **model: Any
+    checkpoint: Path, options: MeraOptions, output: Path | None, *, step: int | str | None, as_json: bool, **model: Any
 ) -> None:
     """Asks a checkpoint MERA's questions; prints the scores and writes results and the submission.
 
@@ -70,7 +70,7 @@ def evaluate_mera(
     root = _dataset(options.data)
     # What is missing or broken is said before a model is read.
     questions = [prepare(root, task, split=split, limit=options.limit) for task in tasks]
-    sampling = _sampling(checkpoint, step)
+    sampling = sampling_of(checkpoint, step)
     given = {name: value for name, value in model.items() if value is not None}
     language_model = open_language_model(checkpoint, step=step, **given)
     mera = MeraModel(language_model, sampling)
@@ -85,11 +85,12 @@ def evaluate_mera(
     _finish(runs, options, split, output, {**identity, "truncated": mera.num_truncated}, as_json=as_json)
 
 
-def fingerprint(checkpoint: Path, step: int | None) -> str:
+def fingerprint(checkpoint: Path, step: int | str | None) -> str:
     """Changes with the weights' files: their names, sizes and times; a hub id stands for itself."""
+    from tlite_jax.bridge.hf import is_hub_id
     from tlite_jax.checkpoint import find
 
-    if not checkpoint.exists():
+    if not checkpoint.exists() and is_hub_id(str(checkpoint)):
         return str(checkpoint)
     if checkpoint.is_file():
         files = [checkpoint]
@@ -118,17 +119,17 @@ def _dataset(data: str) -> Path:
     return Path(data)
 
 
-def _sampling(checkpoint: Path, step: int | None) -> Any:
+def sampling_of(checkpoint: Path, step: int | str | None) -> Any:
     """What the model's generation_config.json says, else what transformers takes without one."""
+    from tlite_jax.bridge.hf import is_hub_id
     from tlite_jax.checkpoint import find
     from tlite_jax.evaluate.mera.text_model import USUAL_SAMPLING
 
     given: dict[str, Any] = {}
-    if checkpoint.is_dir():
+    if not checkpoint.is_file() and (checkpoint.exists() or not is_hub_id(str(checkpoint))):
         is_foreign = (checkpoint / "config.json").is_file()
-        directory = checkpoint if is_foreign else find(checkpoint, step).tokenizer_dir
-        if (directory / "generation_config.json").is_file():
-            given = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+        file = (checkpoint if is_foreign else find(checkpoint, step).tokenizer_dir) / "generation_config.json"
+        given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     known = ("temperature", "top_k", "top_p", "repetition_penalty")
     return dataclasses.replace(USUAL_SAMPLING, **{name: given[name] for name in known if given.get(name)})
 

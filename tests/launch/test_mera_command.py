@@ -12,12 +12,13 @@ import pytest
 
 from bench import mini_mera
 from launch import __main__ as launch_main
-from launch.mera import fingerprint
+from launch.mera import fingerprint, sampling_of
 from tests import tiny
 from tests.helpers import quick_jit
 from tlite_jax.checkpoint import save_model
 from tlite_jax.config import ModelConfig
 from tlite_jax.evaluate.mera.tasks import TOTAL_TASKS
+from tlite_jax.generate import Sampling
 from tlite_jax.model.decoder import init_params
 
 MODEL = ModelConfig(**{**tiny.MODEL, "max_position_embeddings": 1024})
@@ -118,9 +119,18 @@ def test_an_output_directory_is_needed(tmp_path, call):
     )
 
 
+def test_sampling_follows_the_model(checkpoint, tmp_path):
+    assert sampling_of(checkpoint, None) == Sampling(temperature=1.0, top_k=50)
+    (tmp_path / "config.json").write_text("{}")
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert sampling_of(tmp_path, None) == Sampling(temperature=0.6, top_k=50, top_p=0.9)
+
+
 def test_other_weights_are_another_model(checkpoint, tmp_path):
     before = fingerprint(checkpoint, None)
     assert fingerprint(checkpoint, None) == before
+    assert fingerprint(Path(f"{checkpoint}@0"), None) == before
     assert fingerprint(Path("org/name"), None) == "org/name"
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")

@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
+import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
 from tests import tiny
-from tests.helpers import quick_jit
+from tests.helpers import hf_model, params_from_hf, quick_jit
 from tlite_jax.config import MeshConfig, ModelConfig
 from tlite_jax.evaluate.language_model import LanguageModel
 from tlite_jax.evaluate.mera.text_model import MeraModel
@@ -55,6 +56,20 @@ def test_whole_texts_are_scored(model):
     special = model.tokenizer.encode("Ответ: Да")
     assert special[0] == model.prefix_id
     assert scores[3] != pytest.approx(model.score_tokens([(special[:1], special[1:])])[0].logprob, abs=0.1)
+
+
+def test_a_texts_score_is_that_of_transformers(model):
+    """All tokens but the first, float32 log-softmax, as the original's `_loglikelihood_tokens` sums them."""
+    reference = hf_model(MODEL, seed=1)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = place_params(params_from_hf(reference, MODEL), param_specs(MODEL), mesh)
+    pairs = [(context, f" {choice}") for context in ("Да или нет?", LONG) for choice in ("Да", "Нет")]
+    scores = MeraModel(LanguageModel(params, MODEL, mesh, model.tokenizer)).score(pairs, lambda *_: None)
+    for pair, score in zip(pairs, scores, strict=True):
+        tokens = torch.tensor(model.tokenizer.encode("".join(pair), add_special_tokens=False)[-64:])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(reference(tokens[None, :-1]).logits[0].float(), dim=-1)
+        assert score == pytest.approx(float(logprobs.gather(1, tokens[1:, None]).double().sum()), rel=1e-5)
 
 
 def test_what_choices_share_cannot_turn_their_order(model):
