@@ -14,6 +14,7 @@ from tlite_jax.errors import UserError
 # command -> module of this package whose `main` is the command, or whose `app` holds several
 COMMANDS = {
     "quickstart": "quickstart",
+    "corpus": "corpus",
     "import": "import_",
     "label": "label",
     "prepare": "prepare",

@@ -61,19 +61,21 @@ class Recipe:
     max_bytes: int
 
 
-def _man(text: str) -> list[str]:
+def man_page(text: str) -> list[str]:
+    """A manual page as one document."""
     return [roff_to_text(text)]
 
 
-def _page(text: str) -> list[str]:
+def html_page(text: str) -> list[str]:
+    """A page of HTML as one document."""
     return [html_to_text(text)]
 
 
-_FORTUNES = (
+FORTUNES = (
     "art|book|citates|computer|do_you_know|education|friendship|future|genious|haiku|happy|human_being|knowledge"
     "|life|programming|success|time|truth|war|wealth|work"
 )
-_NOT_CONTENT = r"(?!index\.|search\.|genindex|developers-reference\.html|ld-|pr0|faqinfo)"
+NOT_CONTENT = r"(?!index\.|search\.|genindex|developers-reference\.html|ld-|pr0|faqinfo)"
 RECIPES = (
     Recipe(
         "russian_manuals",
@@ -81,7 +83,7 @@ RECIPES = (
         "manuals",
         ("manpages-ru", "manpages-ru-dev"),
         r"usr/share/man/ru/man\d/[^/]+\.gz",
-        _man,
+        man_page,
         2_000_000,
     ),
     Recipe(
@@ -90,7 +92,7 @@ RECIPES = (
         "office",
         ("libreoffice-help-ru",),
         r"usr/share/libreoffice/help/ru/text/(swriter|scalc|simpress|sdraw|shared)/(01|02|guide)/[^/]+\.html",
-        _page,
+        html_page,
         1_500_000,
     ),
     Recipe(
@@ -99,9 +101,9 @@ RECIPES = (
         "guides",
         ("debian-faq-ru", "maint-guide-ru", "developers-reference-ru", "aptitude-doc-ru"),
         r"usr/share/(doc/debian/FAQ/ru|doc/maint-guide-ru/html|developers-reference/ru|doc/aptitude/html/ru)/"
-        + _NOT_CONTENT
+        + NOT_CONTENT
         + r"[^/]+\.html",
-        _page,
+        html_page,
         1_200_000,
     ),
     Recipe(
@@ -109,7 +111,7 @@ RECIPES = (
         "ru",
         "aphorisms",
         ("fortunes-ru",),
-        rf"usr/share/games/fortunes/ru/({_FORTUNES})",
+        rf"usr/share/games/fortunes/ru/({FORTUNES})",
         clean.fortunes,
         400_000,
     ),
@@ -119,7 +121,7 @@ RECIPES = (
         "manuals",
         ("manpages",),
         r"usr/share/man/man\d/[^/]+\.gz",
-        _man,
+        man_page,
         1_200_000,
     ),
     Recipe(
@@ -127,8 +129,8 @@ RECIPES = (
         "en",
         "guides",
         ("debian-faq", "maint-guide"),
-        rf"usr/share/doc/(debian/FAQ|maint-guide/html)/{_NOT_CONTENT}[^/]+\.en\.html",
-        _page,
+        rf"usr/share/doc/(debian/FAQ|maint-guide/html)/{NOT_CONTENT}[^/]+\.en\.html",
+        html_page,
         500_000,
     ),
 )
@@ -164,7 +166,7 @@ def build_corpus(directory: Path, *, sample_only: bool = False, report: Callable
         else:
             kind, files = "debian", {name: _jsonl(name, *source) for name, source in documents.items()}
         for name, content in files.items():
-            _write(directory / f"{name}.jsonl", content)
+            write_whole(directory / f"{name}.jsonl", content)
             num_documents = len(content.splitlines())
             report(f"corpus: {name}: {num_documents:,} documents, {len(content) / 1e6:.2f} MB")
         marker = {
@@ -172,7 +174,7 @@ def build_corpus(directory: Path, *, sample_only: bool = False, report: Callable
             "kind": kind,
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
-        _write(directory / MARKER, json.dumps(marker, indent=1).encode())
+        write_whole(directory / MARKER, json.dumps(marker, indent=1).encode())
     except OSError as error:
         raise UserError(f"cannot write the corpus: {error}; choose another output directory") from error
     return _corpus(directory, kind)
@@ -212,7 +214,7 @@ def _corpus(directory: Path, kind: Kind) -> Corpus:
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that is whole or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -255,18 +257,19 @@ def _debian_documents(directory: Path, report: Callable[[str], object]) -> dict[
             sources: dict[str, Source] = {}
             for recipe in RECIPES:
                 found = [packages[name] for name in recipe.packages if name in packages]
-                texts = _extract(recipe, found)
+                texts = extract(recipe, found)
                 if not texts:
                     raise debian.UnavailableError(f"nothing to extract for {recipe.name}")
                 sources[recipe.name] = (recipe.language, recipe.domain, texts)
         except debian.UnavailableError as error:
             report(f"corpus: Debian packages cannot be had ({error}); using the small sample of this repository")
             return None
-    sources["code"] = ("code", "python", _standard_library())
+    sources["code"] = ("code", "python", standard_library())
     return sources
 
 
-def _extract(recipe: Recipe, packages: list[Path]) -> list[str]:
+def extract(recipe: Recipe, packages: list[Path]) -> list[str]:
+    """Texts of a recipe's source from its packages' files, cleaned, each once, up to about its max_bytes."""
     files = {name: data for package in packages for name, data in debian.read_files(package, recipe.files)}
     pages = [page for name in sorted(files, key=_shuffled) for page in recipe.convert(_decode(name, files[name]))]
     pages = clean.drop_boilerplate(pages, MIN_RECURRENCE)
@@ -296,7 +299,8 @@ def _shuffled(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _standard_library() -> list[str]:
+def standard_library(max_bytes: int = CODE_BYTES) -> list[str]:
+    """Modules of Python's standard library, up to about so many bytes."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for folder in _CODE_FOLDERS for path in (root / folder).glob("*.py")]
     documents: list[str] = []
@@ -309,6 +313,6 @@ def _standard_library() -> list[str]:
         if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS and not path.name.startswith("_sysconfigdata"):
             documents.append(text)
             size += len(text.encode())
-        if size > CODE_BYTES:
+        if size > max_bytes:
             break
     return documents
