@@ -11,7 +11,7 @@
 All integers are little-endian. A directory without BUCKETS/manifest.json is unfinished and is not read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -210,6 +210,21 @@ class BucketStore:
             if bucket.manifest["max_token_id"] >= vocab_size:
                 found = f"bucket {bucket.name} holds token {bucket.manifest['max_token_id']}"
                 raise UserError(f"{found}, the model's vocab_size is {vocab_size}: prepare with the model's tokenizer")
+
+    def check_masks(self, names: Iterable[str], document_masking: object) -> None:
+        """Refuses buckets of packed documents to a run whose attention would cross them.
+
+        Args:
+          names: the buckets that a mixture reads.
+          document_masking: the run's.
+
+        Raises:
+          UserError: naming the first such bucket.
+        """
+        for name in names:
+            if self.buckets[name].packing == "best_fit" and not document_masking:
+                mend = "set data.document_masking to best_fit (for such buckets) or true (for all)"
+                raise UserError(f"bucket {name} was packed best_fit, whose documents must not mix: {mend}")
 
     def infos(self) -> tuple[BucketInfo, ...]:
         """What a mixture can draw on: the buckets that have rows to train on."""

@@ -42,9 +42,7 @@ class RowSource:
         for planned, bucket in zip(plan.buckets, self._buckets, strict=True):
             if planned.rows != bucket.manifest["rows"]:
                 raise UserError(f"bucket {bucket.name} has changed since the mixture was planned; plan it again")
-            if bucket.packing == "best_fit" and not document_masking:
-                mend = "set data.document_masking to best_fit (for such buckets) or true (for all)"
-                raise UserError(f"bucket {bucket.name} was packed best_fit, whose documents must not mix: {mend}")
+        store.check_masks([bucket.name for bucket in plan.buckets], document_masking)
 
     def __len__(self) -> int:
         """Rows of the plan."""

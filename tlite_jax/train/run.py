@@ -220,9 +220,11 @@ def _plan(config: RunConfig, store: BucketStore, before: Timeline | None, row: i
     rows = config.train.steps * config.train.batch_size if config.train.steps else None
     far = before.reached(row, config.seed) if before else {}
     reached = {info.name: far.get((info.name, info.rows, info.content), 0) for info in infos}
-    return make_plan(
+    plan = make_plan(
         data.mixture, infos, seed=config.seed, sequence_length=data.sequence_length, rows=rows, reached=reached
     )
+    store.check_masks((bucket.name for bucket in plan.buckets), data.document_masking)
+    return plan
 
 
 def _timeline(config: RunConfig, store: BucketStore, resumed: Checkpoint | None) -> tuple[Timeline, str | None]:
