@@ -1,6 +1,6 @@
 """Evaluation inside a training run: opens what its config names, measures the base once, and hands it to the loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +61,7 @@ def make_evaluation(run: "Run", mesh: "Mesh") -> "InLoopEvaluation":
     Raises:
       UserError: no held-out text, a sample larger than it, or a base that cannot be compared with.
     """
+    from launch.evaluation_text import make_text_evaluation
     from tlite_jax.checkpoint import steps_on_disk
     from tlite_jax.evaluate.board import Board, Measurement
     from tlite_jax.evaluate.in_loop import InLoopEvaluation
@@ -73,6 +74,7 @@ def make_evaluation(run: "Run", mesh: "Mesh") -> "InLoopEvaluation":
     meter = _meter(run, mesh, text)
     keys, base, starts = _base(run, mesh, tokenizer, text, scorer, meter)
     board = Board(text.buckets, text.replay.names if text.replay else (), config.evaluation, base)
+    sample, tasks = make_text_evaluation(config, run.directory / "tokenizer", mesh)
     costs = {
         "evaluation_tokens": float(text.sample.packing.num_scored),
         "evaluation_padding_share": scorer.padding_share(text.sample),
@@ -88,34 +90,13 @@ def make_evaluation(run: "Run", mesh: "Mesh") -> "InLoopEvaluation":
         keys,
         measure,
         start=base if starts else None,
-        sample=_sampler(run, mesh) if config.evaluation.samples else None,
+        sample=sample,
+        tasks=tasks,
         every=config.evaluation.every,
         total_steps=run.total_steps,
         start_step=run.start_step if run.resumed else None,
         held=steps_on_disk(run.directory),
     )
-
-
-def _sampler(run: "Run", mesh: "Mesh") -> "Callable[[Any], Mapping[str, str]]":
-    """Parameters -> what the model writes after each prompt."""
-    from launch.language_model import load_tokenizer
-    from tlite_jax.evaluate.language_model import LanguageModel
-
-    config = run.config
-    assert config.model is not None
-    tokenizer = load_tokenizer(run.directory / "tokenizer")
-    model = LanguageModel(None, config.model, mesh, tokenizer, dtype=config.execution.compute_dtype)
-    prompts = [model.encode(prompt) for prompt in config.evaluation.samples]
-
-    def sample(params: Any) -> Mapping[str, str]:
-        model.params = params
-        try:
-            written = model.write(prompts, max_new_tokens=config.evaluation.sample_tokens)
-        finally:
-            model.params = None  # the next step reuses their memory
-        return {prompt: part.text for prompt, part in zip(config.evaluation.samples, written, strict=True)}
-
-    return sample
 
 
 def _tokenizer(config: "RunConfig", directory: Path | None = None) -> "TokenizerFile":

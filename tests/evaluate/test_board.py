@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tlite_jax.config import EvaluationConfig
-from tlite_jax.config.evaluation import BestConfig, KLConfig, WatchConfig, parse_term
+from tlite_jax.config.evaluation import BestConfig, KLConfig, TasksConfig, WatchConfig, parse_term
 from tlite_jax.data.buckets import HeldOutBucket
 from tlite_jax.errors import UserError
 from tlite_jax.evaluate.bits_per_byte import Score
@@ -162,7 +162,7 @@ def test_terms_are_read():
 
 
 def test_what_is_not_measured_cannot_be_asked_for():
-    with pytest.raises(ValueError, match="kl, watch, best and samples need evaluation: give every"):
+    with pytest.raises(ValueError, match="kl, watch, best, tasks and samples need evaluation: give every"):
         EvaluationConfig(watch=(WatchConfig(select={}, worse_by=1.0),))
     with pytest.raises(
         ValueError, match=r"watch\[0\] needs KL\(base \|\| now\), which is not measured: give kl.tokens"
@@ -170,3 +170,5 @@ def test_what_is_not_measured_cannot_be_asked_for():
         EvaluationConfig(every=1, watch=(WatchConfig(select={}, metric="kl", worse_by=1.0),))
     with pytest.raises(ValueError, match=r"best.objective 'kl:all' needs KL"):
         EvaluationConfig(every=1, best=BestConfig(objective={"kl:all": 1.0}))
+    with pytest.raises(ValueError, match=r"tasks.every 5 is not a multiple of every 2"):
+        EvaluationConfig(every=2, tasks=TasksConfig(names=("arc_easy",), every=5))

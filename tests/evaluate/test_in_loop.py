@@ -26,7 +26,7 @@ def measured(russian: float, english: float) -> Measurement:
     )
 
 
-def make(directory, *, start_step=None, held=(), keys=TEXT, sample=None, start=True, **config):
+def make(directory, *, start_step=None, held=(), keys=TEXT, sample=None, tasks=None, start=True, **config):
     """Its "parameters" are the bits per byte that it measures."""
     config = {"watch": (WATCH,), "best": BEST, **config}
     base = measured(2.0, 1.0)
@@ -37,6 +37,7 @@ def make(directory, *, start_step=None, held=(), keys=TEXT, sample=None, start=T
         lambda params: (measured(*params), {"evaluation_tokens": 20.0}),
         start=base if start else None,
         sample=sample,
+        tasks=tasks,
         every=5,
         total_steps=22,
         start_step=start_step,
@@ -155,6 +156,14 @@ def test_samples_are_kept_and_shown(tmp_path):
     evaluation = make(tmp_path, sample=lambda params: {"Привет": ", мир"})
     assert evaluation(5, (1.5, 1.0)).texts == {"samples/0": "Привет, мир"}
     assert lines(tmp_path, SAMPLES_FILE) == [{"step": 5, "prompt": "Привет", "continuation": ", мир"}]
+
+
+def test_tasks_are_kept_and_shown_beside_the_start(tmp_path):
+    evaluation = make(tmp_path, tasks=lambda step, params: {"tasks/songs/acc": 0.5 + step / 100} if step != 10 else {})
+    assert evaluation(0, None).metrics["tasks/songs/acc"] == 0.5
+    assert "tasks/songs/acc 0.5500, 0.5000 at step 0" in evaluation(5, (1.5, 1.0)).table.notes
+    assert "tasks/songs/acc" not in evaluation(10, (1.5, 1.0)).metrics
+    assert [line["tasks"] for line in lines(tmp_path)] == [{"tasks/songs/acc": 0.5}, {"tasks/songs/acc": 0.55}, {}]
 
 
 def test_what_is_not_finite_names_step_and_bucket(tmp_path):

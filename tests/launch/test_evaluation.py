@@ -195,3 +195,21 @@ def test_without_held_out_text_evaluation_is_refused(tmp_path: Path) -> None:
     ):
         start(tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_tasks_of_the_harness_run_while_training(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is 200 MB: make test-eval installs it")
+    documents = [{"question": f"Река {number}", "choices": ["берег", "лодка", "туман"]} for number in range(4)]
+    (tmp_path / "rivers.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "rivers.yaml").write_text(
+        f"task: rivers\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/rivers.jsonl}}\n"
+        'test_split: train\noutput_type: multiple_choice\ndoc_to_text: "{{question}}:"\ndoc_to_target: 0\n'
+        "doc_to_choice: choices\nmetric_list: [{metric: acc}]\n"
+    )
+    asked = f"evaluation.tasks={{names: [rivers], every: 4, limit: 3, include_path: {tmp_path}}}"
+    start(tmp_path / "run", asked, "evaluation.kl=null", "train.steps=4")
+    found = tiny.metrics(tmp_path / "run", "tasks/rivers/acc")
+    assert list(found) == [0, 4]
+    assert all(value * 3 == pytest.approx(round(value * 3)) for value in found.values())
+    with pytest.raises(UserError, match="river"):
+        start(tmp_path / "other", asked.replace("[rivers]", "[riverz]"), "evaluation.kl=null")

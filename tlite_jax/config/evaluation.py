@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tlite_jax.config.base import Positive, PositiveFloat, Section
+from tlite_jax.config.base import NonNegative, Positive, PositiveFloat, Section
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -28,6 +28,16 @@ class WatchConfig(Section):
     )
     worse_by: PositiveFloat
     action: Literal["log", "stop"] = Field(default="log", description="stop: save a checkpoint and end the run")
+
+
+class TasksConfig(Section):
+    """Tasks of lm-evaluation-harness while training; needs the extra `eval`."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="as for launch eval --tasks")
+    every: Positive | None = Field(default=None, description="steps, a multiple of evaluation.every; null: that")
+    limit: Positive | None = Field(default=None, description="documents of each task; null: all")
+    num_fewshot: NonNegative | None = Field(default=None, description="null: each task's own")
+    include_path: Path | None = Field(default=None, description="directory of task YAML files")
 
 
 class Term(NamedTuple):
@@ -71,6 +81,7 @@ class EvaluationConfig(Section):
     kl: KLConfig | None = Field(default=None, description="null: not measured")
     watch: tuple[WatchConfig, ...] = ()
     best: BestConfig | None = Field(default=None, description="null: checkpoints are kept by their age only")
+    tasks: TasksConfig | None = Field(default=None, description="null: none are run")
     samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="prompts that the model goes on with at each evaluation, greedily"
     )
@@ -78,8 +89,10 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _asks_for_what_is_measured(self) -> Self:
-        if self.every is None and (self.watch or self.best or self.kl or self.samples):
-            raise ValueError("kl, watch, best and samples need evaluation: give every")
+        if self.every is None and (self.watch or self.best or self.kl or self.tasks or self.samples):
+            raise ValueError("kl, watch, best, tasks and samples need evaluation: give every")
+        if self.tasks and self.tasks.every and self.every and self.tasks.every % self.every:
+            raise ValueError(f"tasks.every {self.tasks.every} is not a multiple of every {self.every}")
         uses = [f"watch[{number}]" for number, watch in enumerate(self.watch) if watch.metric == "kl"]
         if self.best is not None:
             uses += [f"best.objective {name!r}" for name in self.best.objective if parse_term(name).metric == "kl"]

@@ -157,12 +157,13 @@ class Board:
         line = self.line(group, measured)
         return {"bits_per_byte": line.bits, "delta": line.delta, "kl": line.kl}[metric]
 
-    def table(self, measured: Measurement, best: int | None = None) -> Table:
+    def table(self, measured: Measurement, best: int | None = None, notes: Sequence[str] = ()) -> Table:
         """For people: the groups, those watched first, and never so many that they scroll away.
 
         Args:
           measured: now.
           best: the best step so far, to be named.
+          notes: further lines.
         """
         lines = [self.line(group, measured) for group in self.groups]
         shown = lines
@@ -173,7 +174,7 @@ class Board:
         with_kl = any(line.kl is not None for line in shown)
         header = ("held-out text", "bits per byte", "base", "change", *(["KL"] if with_kl else []))
         alerts = tuple(str(alert) for alert in self.alerts(measured))
-        notes = []
+        notes = list(notes)
         objective = self.objective(measured)
         if objective is not None:
             notes.append(f"objective {objective:.4f}" + ("" if best is None else f", best at step {best}"))

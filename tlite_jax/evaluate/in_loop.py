@@ -46,6 +46,7 @@ class InLoopEvaluation:
       measure: stored, sharded parameters -> (Measurement, further metrics).
       start: the base's measurement where the run starts as the base, so that step 0 need not be measured; else None.
       sample: parameters -> {prompt: continuation}; None: no samples.
+      tasks: (step, parameters) -> {"tasks/NAME/METRIC": value}, empty where none are due; None: no tasks.
       every, total_steps: when.
       start_step: of the checkpoint that the run goes on from; None: from none.
       held: steps whose checkpoints are on disk.
@@ -60,13 +61,14 @@ class InLoopEvaluation:
         *,
         start: Measurement | None,
         sample: Callable[[Any], Mapping[str, str]] | None,
+        tasks: Callable[[int, Any], Mapping[str, float]] | None,
         every: int,
         total_steps: int,
         start_step: int | None,
         held: Collection[int],
     ):
         self._directory, self._board, self._keys = directory, board, keys
-        self._measure, self._start, self._sample = measure, start, sample
+        self._measure, self._start, self._sample, self._tasks = measure, start, sample, tasks
         self._every, self._total_steps = every, total_steps
         self._held = set(held)
         writes = jax.process_index() == 0
@@ -98,6 +100,7 @@ class InLoopEvaluation:
             measured, metrics = self._measured(step, params)
         except NotFiniteError as error:
             raise FloatingPointError(f"{error} at step {step}; nothing of this step is kept as evaluated") from error
+        tasks = {} if self._tasks is None else dict(self._tasks(step, params))
         texts = {} if self._sample is None else dict(self._sample(params))
         alerts = self._board.alerts(measured)
         line = {
@@ -106,6 +109,7 @@ class InLoopEvaluation:
             "keys": list(self._keys),
             **measured.to_json(),
             "objective": self._board.objective(measured),
+            "tasks": tasks,
         }
         self._lines.append(line)
         for alert in alerts:
@@ -118,8 +122,13 @@ class InLoopEvaluation:
             self._held.add(best)
         stops = [str(alert) for alert in alerts if alert.action == "stop"]
         return Evaluated(
-            metrics={**self._board.metrics(measured), **metrics, "evaluation_seconds": time.monotonic() - began},
-            table=self._board.table(measured, best),
+            metrics={
+                **self._board.metrics(measured),
+                **metrics,
+                **tasks,
+                "evaluation_seconds": time.monotonic() - began,
+            },
+            table=self._board.table(measured, best, self._task_notes(tasks)),
             texts={f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(texts.items())},
             improved=_agreed(best == step),
             stop=_stop_message(step, stops) if _agreed(bool(stops)) else None,
@@ -134,6 +143,16 @@ class InLoopEvaluation:
         if step == 0 and self._start is not None:
             return self._start, {}
         return self._measure(params)
+
+    def _task_notes(self, tasks: Mapping[str, float]) -> list[str]:
+        """A line for each score, beside that of the run's start."""
+        first: Mapping[str, float] = next(
+            (line.get("tasks", {}) for line in self._lines.records if line["step"] == 0), {}
+        )
+        return [
+            f"{name} {value:.4f}" + (f", {first[name]:.4f} at step 0" if name in first else "")
+            for name, value in tasks.items()
+        ]
 
     def _known(self) -> Sequence[Record]:
         """Lines of the same text under the same base."""
