@@ -119,8 +119,11 @@ def _serve_documents(data: Path) -> None:
 
 
 def _replace_modules(squad: Path) -> None:
-    import datasets  # noqa: F401  # before its optional companions go
+    import datasets  # noqa: F401  # with what they import lazily, before companions of theirs are replaced
     import transformers
+
+    for name in ("PreTrainedModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        getattr(transformers, name)
 
     names = ("accelerate", "accelerate.utils", "accelerate.utils.memory", "sqlitedict", "omegaconf", "lm_eval.models")
     modules = {name: types.ModuleType(name) for name in names}
