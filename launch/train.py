@@ -2,12 +2,15 @@
 
 import signal
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from launch.profile import Profile
     from tlite_jax.train.loop import Result
     from tlite_jax.train.run import Run
 
@@ -20,6 +23,9 @@ def main(
     allow_change: Annotated[
         bool, typer.Option("--allow-change", help="Go on although model, data or optimizer settings have changed.")
     ] = False,
+    profile_steps: Annotated[
+        str | None, typer.Option(help="FIRST:END, such as 10:13: trace these steps into OUTPUT/profile, for xprof.")
+    ] = None,
     coordinator: Annotated[str | None, typer.Option(help="host:port of process 0, without a scheduler.")] = None,
     num_processes: Annotated[int | None, typer.Option(help="Processes in the job.")] = None,
     process_id: Annotated[int | None, typer.Option(help="This process, from 0.")] = None,
@@ -42,19 +48,21 @@ def main(
 
     from launch.lost_peer import restart_when_alone
     from launch.mesh_fit import check_world
+    from launch.profile import Profile
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
     from tlite_jax.telemetry.goodput import process_age
     from tlite_jax.train.run import open_run
 
     loaded = load_config(config, overrides or ())
+    profile = Profile(profile_steps, loaded.output / "profile") if profile_steps is not None else None
     check_world(loaded, jax.process_count(), jax.local_device_count())
     check_evaluation(loaded)
     if loaded.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
     with restart_when_alone():
         run = open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change)
-        result = train_run(run, init_seconds=process_age())
+        result = train_run(run, init_seconds=process_age(), profile=profile)
     ignore_signals()
     if result.stopped is not None:
         raise typer.Exit(EXIT_FAILED)
@@ -62,12 +70,13 @@ def main(
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
 
 
-def train_run(run: "Run", init_seconds: float = 0.0) -> "Result":
+def train_run(run: "Run", init_seconds: float = 0.0, profile: "Profile | None" = None) -> "Result":
     """Trains a run on all devices there are, with the console and the evaluation that its config asks for.
 
     Args:
       run: from `open_run`.
       init_seconds: that starting has taken so far, for the account of the run's time.
+      profile: of some of its steps.
     """
     import jax
 
@@ -87,7 +96,9 @@ def train_run(run: "Run", init_seconds: float = 0.0) -> "Result":
     began = time.monotonic()
     evaluate = make_evaluation(run, mesh) if run.config.evaluation.every else None
     spent = {"init": init_seconds, "evaluation": time.monotonic() - began}
-    result = train(run, mesh, console=console, evaluate=evaluate, spent=spent)
+    with profile or nullcontext():
+        around = partial(profile.around, start_step=run.start_step) if profile is not None else None
+        result = train(run, mesh, console=console, evaluate=evaluate, spent=spent, around_step=around)
     if jax.process_index() == 0:
         _plot(run, evaluate)
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")

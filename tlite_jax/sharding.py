@@ -157,6 +157,7 @@ class Collectives:
             replica_reduce_dtype=execution.replica_reduce_dtype,
         )
 
+    @jax.named_scope("gather")
     def gather(self, shards: Any, specs: Any) -> Any:
         """All-gathers float32 shards; whole parameters in the compute dtype, without padding."""
 
@@ -170,6 +171,7 @@ class Collectives:
 
         return map_specs(whole, specs, shards)
 
+    @jax.named_scope("reduce_scatter")
     def scatter(self, gradients: Any, specs: Any) -> Any:
         """Reduce-scatters whole gradients, in the reduce dtype on the wire; float32 shards, padded."""
 
@@ -188,6 +190,7 @@ class Collectives:
         """Shards of sums of gradients, with whole gradients added."""
         return jax.tree.map(jnp.add, sums, self.scatter(gradients, specs))
 
+    @jax.named_scope("sum_replicas")
     def sum_replicas(self, shards: Any) -> Any:
         """Sums float32 shards over `replica`, in the replica dtype on the wire."""
         if self.num_replicas == 1:

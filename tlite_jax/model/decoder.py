@@ -96,9 +96,11 @@ class Block(nnx.Module):
         """Everything after attention: its output projection, the residual and the MLP. Returns [B, T, D]."""
         B, T, _ = x_BTD.shape
         bias = self.output_bias[...] if self.config.attention_bias else None
-        x_BTD = x_BTD + linear(attended_BTNH.reshape(B, T, -1), self.output[...], bias)
-        normed_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.config.rms_norm_eps)
-        return x_BTD + swiglu(normed_BTD, self.gate[...], self.up[...], self.down[...])
+        with jax.named_scope("attention"):
+            x_BTD = x_BTD + linear(attended_BTNH.reshape(B, T, -1), self.output[...], bias)
+        with jax.named_scope("mlp"):
+            normed_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.config.rms_norm_eps)
+            return x_BTD + swiglu(normed_BTD, self.gate[...], self.up[...], self.down[...])
 
     def __call__(
         self,
@@ -109,8 +111,9 @@ class Block(nnx.Module):
         attend: Attend,
     ) -> jax.Array:
         """Returns [B, T, D]."""
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rope)
-        attended_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        with jax.named_scope("attention"):
+            q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rope)
+            attended_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return self.finish(x_BTD, attended_BTNH)
 
 

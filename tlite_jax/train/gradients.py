@@ -78,18 +78,21 @@ class Gradients:
         head_specs = _only(specs, names)
 
         embedding_VD = collectives.gather(params["embedding"], specs["embedding"])
-        x_BTD, forward = layers.forward(params["blocks"], embedding_VD[batch["tokens"]], rope, batch.get("segment_ids"))
+        with jax.named_scope("embedding"):
+            x_BTD = embedding_VD[batch["tokens"]]
+        x_BTD, forward = layers.forward(params["blocks"], x_BTD, rope, batch.get("segment_ids"))
         head = collectives.gather(_only(params, names), head_specs)
-        normed_BTD, normed_vjp = jax.vjp(
-            lambda x, scale: rms_norm(x, scale, self.model.rms_norm_eps), x_BTD, head["final_norm"]
-        )
-        (loss_sum, num_scored), (dnormed_BTD, dhead_VD) = cross_entropy_and_gradients(
-            normed_BTD,
-            embedding_VD if tied else head["head"],
-            batch["targets"],
-            chunk_tokens=self.execution.loss_chunk_tokens,
-        )
-        dx_BTD, dfinal_norm = normed_vjp(dnormed_BTD)
+        with jax.named_scope("loss"):
+            normed_BTD, normed_vjp = jax.vjp(
+                lambda x, scale: rms_norm(x, scale, self.model.rms_norm_eps), x_BTD, head["final_norm"]
+            )
+            (loss_sum, num_scored), (dnormed_BTD, dhead_VD) = cross_entropy_and_gradients(
+                normed_BTD,
+                embedding_VD if tied else head["head"],
+                batch["targets"],
+                chunk_tokens=self.execution.loss_chunk_tokens,
+            )
+            dx_BTD, dfinal_norm = normed_vjp(dnormed_BTD)
         dx_BTD, block_sums, head_sums = layers.backward(
             params["blocks"],
             gradients["blocks"],
@@ -102,7 +105,8 @@ class Gradients:
         # The barrier gives these zeros a buffer of their own, now: XLA would share one with the head's all through.
         dx_BTD, zero = jax.lax.optimization_barrier((dx_BTD, jnp.float32(0)))
         dembedding_VD = dhead_VD if tied else jnp.broadcast_to(zero, embedding_VD.shape)
-        dembedding_VD = dembedding_VD.at[batch["tokens"]].add(dx_BTD.astype(jnp.float32))
+        with jax.named_scope("embedding_backward"):
+            dembedding_VD = dembedding_VD.at[batch["tokens"]].add(dx_BTD.astype(jnp.float32))
         embedding_sum = collectives.accumulate(gradients["embedding"], dembedding_VD, specs["embedding"])
         if last:
             embedding_sum = collectives.sum_replicas(embedding_sum)

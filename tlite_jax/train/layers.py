@@ -68,6 +68,7 @@ class Layers:
     attend: Attend
     remat: str
 
+    @jax.named_scope("layers")
     def forward(
         self, blocks: Tree, x_BTD: jax.Array, rope: Any, segment_ids_BT: jax.Array | None
     ) -> tuple[jax.Array, Forward]:
@@ -101,6 +102,7 @@ class Layers:
         (x_BTD, weights), saved = jax.lax.scan(body, carry, jnp.arange(top + 1))
         return x_BTD, Forward(saved, weights, (rope, segment_ids_BT))
 
+    @jax.named_scope("layers_backward")
     def backward(
         self, blocks: Tree, sums: Tree, head: Sum, dhead: Tree, forward: Forward, dx_BTD: jax.Array, *, last: bool
     ) -> tuple[jax.Array, Tree, Tree]:

@@ -25,7 +25,7 @@ from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBo
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
 from tlite_jax.train.run import Run, first_state
 from tlite_jax.train.state import TrainState
-from tlite_jax.train.step import Metrics, check_batch, make_step
+from tlite_jax.train.step import Metrics, Step, check_batch, make_step
 
 
 class Evaluation(Protocol):
@@ -69,6 +69,7 @@ def train(
     console: Sink | None = None,
     evaluate: Evaluation | None = None,
     spent: Mapping[str, float] | None = None,
+    around_step: Callable[[Step], Step] | None = None,
 ) -> Result:
     """Trains until `run.total_steps` or a SIGINT or SIGTERM, which saves and stops.
 
@@ -79,6 +80,7 @@ def train(
       evaluate: asked after every step whether it is due; what it returns is logged. The checkpoint of a step that it
         calls the best so far is saved and kept; when it says to stop, the run saves and stops.
       spent: section of `telemetry.goodput` -> seconds that this start has taken before this call.
+      around_step: what to call in place of the step, for those who look on.
 
     Raises:
       UserError: a batch that does not divide over the mesh; damaged data.
@@ -96,6 +98,8 @@ def train(
         schedule=lambda step: schedule(step + run.schedule_offset),
         document_masking=config.data.has_segments,
     )
+    if around_step is not None:
+        step_fn = around_step(step_fn)
     data = batches(
         run.timeline.from_row(run.rows_consumed),
         run.store,

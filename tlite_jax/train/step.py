@@ -105,12 +105,13 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, loss, count = gradients_fn(state.params, batch)
         scored = jax.numpy.maximum(count, 1)  # every target of a batch may be masked
-        # One multiplication does both the mean over tokens and the clipping, inside the update's own loops.
-        norm = adamw.global_norm(gradients) / scored
-        factor = adamw.clip_factor(norm, optimizer.max_gradient_norm) / scored
-        gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
-        learning_rate = schedule(state.step)
-        params, moments = adamw.update(optimizer, gradients, state.optimizer, state.params, learning_rate, mask)
+        with jax.named_scope("optimizer"):
+            # One multiplication does both the mean over tokens and the clipping, inside the update's own loops.
+            norm = adamw.global_norm(gradients) / scored
+            factor = adamw.clip_factor(norm, optimizer.max_gradient_norm) / scored
+            gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
+            learning_rate = schedule(state.step)
+            params, moments = adamw.update(optimizer, gradients, state.optimizer, state.params, learning_rate, mask)
         metrics = {
             "loss": loss / scored,
             "gradient_norm": norm,
