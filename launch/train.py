@@ -102,8 +102,8 @@ def train_run(run: "Run", init_seconds: float = 0.0, profile: "Profile | None" =
     if jax.process_index() == 0:
         _plot(run, evaluate)
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")
-        print(_goodput(run))
         if result.first_step_seconds is not None:
+            print(_goodput(run))
             print(f"the first step took {result.first_step_seconds:.1f} s, compilation included")
     return result
 

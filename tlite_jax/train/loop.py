@@ -188,8 +188,9 @@ def _loop(
 
 @contextmanager
 def _stopwatch(run: Run, mesh: Mesh, spent: Mapping[str, float]) -> Iterator[Stopwatch]:
-    """Of this start; on process 0 it writes."""
-    path = run.directory / FILE if jax.process_index() == 0 else None
+    """Of this start; on process 0 it writes, but not when the run was done before."""
+    writes = jax.process_index() == 0 and run.start_step < run.total_steps
+    path = run.directory / FILE if writes else None
     device = mesh.devices.flat[0]
     facts = {
         "devices": f"{mesh.size} x {device.device_kind}",
