@@ -17,11 +17,11 @@ def sentences(rng: np.random.Generator, count: int) -> str:
 
 
 def loglikelihood_requests(count: int, longest: int, seed: int = 0) -> list[Request]:
-    """(context, continuation): choices behind one question, spaces at edges, empty contexts, some too long."""
+    """(context, continuation): choices behind one question, spaces at edges, empty contexts, copies, some too long."""
     rng = np.random.default_rng(seed)
     requests: list[Request] = []
     while len(requests) < count:
-        kind = len(requests) % 6
+        kind = len(requests) % 7
         context = sentences(rng, 1)
         if kind == 0:
             requests += [(context, f" {sentences(rng, 1)[:size]}") for size in (4, 9, 20, 20)]
@@ -33,6 +33,9 @@ def loglikelihood_requests(count: int, longest: int, seed: int = 0) -> list[Requ
             requests.append(("", sentences(rng, 1)[:30]))
         elif kind == 4:
             requests.append((sentences(rng, 1 + longest // 8)[: 8 * longest], "\n" + sentences(rng, 1)[:15]))
+        elif kind == 5:  # which a real model copies
+            words = context.split(" ")
+            requests.append((f"{context} {context} {' '.join(words[:3])}", f" {' '.join(words[3:5])}"))
         else:
             requests.append((context[:1], context[1:25]))
     return [requests[number] for number in rng.permutation(count)]
