@@ -25,7 +25,8 @@ test-fuzz: $(VENV)/.installed-test      ## 20,000 spoiled model files
 test-llama-cpp: $(VENV)/.installed-test ## our GGUF files against llama.cpp itself
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" $(PIP) llama-cpp-python==0.3.36 llama-models==0.3.0 --no-deps diskcache
 	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"
-	TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" $(BIN)/python -m pytest -s tests/bridge/test_llama_cpp.py
+	TLITE_LLAMA_CPP=1 TLITE_SMOLLM2_GGUF="$$(ls $(CURDIR)/runs/smollm2/*.gguf)" \
+		$(BIN)/python -m pytest -s tests/bridge/test_llama_cpp.py
 
 test-cluster: $(VENV)/.installed-test   ## preparing on Slurm (where sinfo finds one) and on Ray, and 300 kills
 	$(PIP) --editable '.[ray,test]'

@@ -1,6 +1,6 @@
 """Our GGUF files against llama.cpp itself: `make test-llama-cpp`.
 
-Needs llama-cpp-python, and with TLITE_SMOLLM2_GGUF a real model as well. With TLITE_RECORD=1 it writes what the tests
+Runs with TLITE_LLAMA_CPP=1 and llama-cpp-python, and with TLITE_SMOLLM2_GGUF on a real model as well. With TLITE_RECORD=1 it writes what the tests
 that run everywhere compare with.
 """
 
@@ -33,6 +33,8 @@ from tlite_jax.bridge.source import ParamsSource
 from tlite_jax.bridge.tokenizer import pre_tokenizer_of, read_files, tokenizer_from_gguf
 from tlite_jax.config import ModelConfig
 
+if not os.environ.get("TLITE_LLAMA_CPP"):
+    pytest.skip("ten minutes: make test-llama-cpp", allow_module_level=True)
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make test-llama-cpp")
 ROUNDINGS = {"F32": None, "F16": "float16", "BF16": "bfloat16"}
 SMOLLM2 = os.environ.get("TLITE_SMOLLM2_GGUF")
