@@ -1,7 +1,7 @@
 """Our GGUF files against llama.cpp itself: `make test-llama-cpp`.
 
-Runs with TLITE_LLAMA_CPP=1 and llama-cpp-python, and with TLITE_SMOLLM2_GGUF on a real model as well. With TLITE_RECORD=1 it writes what the tests
-that run everywhere compare with.
+Runs with TLITE_LLAMA_CPP=1 and llama-cpp-python, and with TLITE_SMOLLM2_GGUF on a real model as well. With
+TLITE_RECORD=1 it writes what the tests that run everywhere compare with.
 """
 
 import base64
