@@ -75,7 +75,7 @@ def instances(kind: str, requests: Sequence[Request]) -> list[Any]:
     ]
 
 
-def hugging_face(model: Any, tokenizer: Any, *, max_length: int, batch_size: int = 8) -> Any:
+def hugging_face(model: Any, tokenizer: Any, *, max_length: int, batch_size: int = 8, softmax: str = "float32") -> Any:
     """HFLM over a model of transformers, as exact as it gets."""
     from lm_eval.models.huggingface import HFLM
 
@@ -85,6 +85,6 @@ def hugging_face(model: Any, tokenizer: Any, *, max_length: int, batch_size: int
         max_length=max_length,
         batch_size=batch_size,
         logits_cache=False,
-        softmax_dtype="float32",
+        softmax_dtype=softmax,
         device="cpu",
     )
