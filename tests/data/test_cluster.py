@@ -50,6 +50,8 @@ def executor(tmp_path: Path, **options: object) -> object:
     return replace(cluster.Executor(tasks=3, workers=2, logs=tmp_path / "logs", memory_gb=1), **options)
 
 
+# The tests' process has jax's threads; the command's has not.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_datatroves_local_executor_makes_the_same(
     config: RunConfig, tokenizer_dir: Path, tmp_path: Path, expected: Snapshot
 ) -> None:

@@ -22,7 +22,7 @@ _COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "checksum", "Content-MD5", "Digest", "blob_id", "generation", "VersionId")
 _TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created")
 # Protocol -> the extra of ours that installs its package.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _BLOCK_BYTES = 8 << 20
 
 
