@@ -124,13 +124,17 @@ def _forgetting(run: RunData) -> str:
         return (
             "<h2>Forgetting</h2><p class='none'>no evaluation yet: set data.prepare.held_out and evaluation.every</p>"
         )
+    # Labels tell more than buckets, which often repeat them.
+    names.sort(key=lambda name: (name != "all", "=" not in name))
+    labels = [name for name in names if name == "all" or "=" in name]
     rows, changes = [], []
     has_kl = bool(run.names("kl"))
     for name in names:
         x, bits = run.series(f"bits_per_byte/{name}")
         deltas = run.series(f"bits_per_byte_delta/{name}")[1]
         delta = deltas if len(deltas) == len(bits) else bits - bits[0]
-        changes.append((abs(float(delta[-1])), Line(name, x, delta, dots=True)))
+        if name in labels or not labels:
+            changes.append((abs(float(delta[-1])), Line(name, x, delta, dots=True)))
         kl = run.series(f"kl/{name}")[1]
         cells = [f"{bits[-1] - delta[-1]:.4f}", f"{bits[-1]:.4f}", _signed(float(delta[-1]), f"{delta[-1]:+.4f}")]
         rows.append([html.escape(name), *cells, *([f"{kl[-1]:.4f}" if len(kl) else ""] if has_kl else [])])
