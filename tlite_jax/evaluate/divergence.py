@@ -43,10 +43,6 @@ class Divergence(NamedTuple):
         """Nats a token."""
         return self.nats / self.num_tokens
 
-    def plus(self, other: "Divergence") -> "Divergence":
-        """Both groups together."""
-        return Divergence(self.nats + other.nats, self.num_tokens + other.num_tokens)
-
 
 @dataclass(frozen=True)
 class ReplaySample:
