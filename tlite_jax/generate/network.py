@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from tlite_jax.config import ModelConfig
-from tlite_jax.generate.weights import Layer, Pieces, Weights
+from tlite_jax.generate.weights import Layer, Weights
 from tlite_jax.model.decoder import rope_at
-from tlite_jax.model.layers import apply_rope, rms_norm
+from tlite_jax.model.layers import apply_rope, linear, rms_norm
 from tlite_jax.sharding import SHARDS
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of a layer, [R, S, K, H], in the compute dtype."""
+    """Keys and values of a layer, [RK, S, H] (a row for each head of each sequence), in the compute dtype."""
 
     keys: jax.Array
     values: jax.Array
@@ -50,8 +50,8 @@ class StepNetwork:
         new_cache = []
         for layer, old in zip(weights.layers, cache, strict=True):
             q_RTNH, k_RTKH, v_RTKH = self._project(layer, x_BTD, rope)
-            keys = jax.lax.dynamic_update_slice_in_dim(old.keys, k_RTKH, place, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(old.values, v_RTKH, place, axis=1)
+            keys = jax.lax.dynamic_update_slice_in_dim(old.keys, by_head(k_RTKH), place, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(old.values, by_head(v_RTKH), place, axis=1)
             attended_RNH = attend_cached(q_RTNH[:, 0], keys, values, mask_RS)
             x_BTD = self._finish(layer, x_BTD, attended_RNH[:, None])
             new_cache.append(LayerCache(keys, values))
@@ -70,9 +70,7 @@ class StepNetwork:
         """Rotated queries and keys, and values, of this device's sequences: [R, T, heads, H]."""
         model = self.model
         normed_BTD = rms_norm(x_BTD, layer.attention_norm, model.rms_norm_eps)
-        y_BTO = product(normed_BTD, layer.query_key_value)
-        if layer.query_key_value_bias is not None:
-            y_BTO = y_BTO + layer.query_key_value_bias
+        y_BTO = linear(normed_BTD, layer.query_key_value, layer.query_key_value_bias)
         heads = (model.num_attention_heads, model.num_key_value_heads, model.num_key_value_heads)
         sizes = [count * model.head_dim for count in heads]
         q, k, v = self._gather_parts(y_BTO, sizes)
@@ -87,18 +85,16 @@ class StepNetwork:
         model = self.model
         R, T = attended_RTNH.shape[:2]
         attended_BTI = self._whole(attended_RTNH.reshape(R, T, -1))
-        y_BTO = product(attended_BTI, layer.output)
-        if layer.output_bias is not None:
-            y_BTO = y_BTO + layer.output_bias
+        y_BTO = linear(attended_BTI, layer.output, layer.output_bias)
         x_BTD = x_BTD + self._gather(y_BTO, model.hidden_size)
         normed_BTD = rms_norm(x_BTD, layer.mlp_norm, model.rms_norm_eps)
-        gate_BTO, up_BTO = jnp.split(product(normed_BTD, layer.gate_up), 2, axis=-1)
+        gate_BTO, up_BTO = jnp.split(linear(normed_BTD, layer.gate_up), 2, axis=-1)
         inner_BTF = self._gather(jax.nn.silu(gate_BTO) * up_BTO, model.intermediate_size)
-        return x_BTD + self._gather(product(inner_BTF, layer.down), model.hidden_size)
+        return x_BTD + self._gather(linear(inner_BTF, layer.down), model.hidden_size)
 
     def _logits(self, weights: Weights, x_B1D: jax.Array) -> jax.Array:
         hidden_BD = rms_norm(x_B1D, weights.final_norm, self.model.rms_norm_eps)[:, 0]
-        return self._gather(product(hidden_BD, weights.head), self.model.vocab_size).astype(jnp.float32)
+        return self._gather(linear(hidden_BD, weights.head), self.model.vocab_size).astype(jnp.float32)
 
     def _gather(self, y_O: jax.Array, size: int) -> jax.Array:
         """Outputs of all devices side by side, without padding."""
@@ -128,20 +124,19 @@ class StepNetwork:
         return x_R if self.num_shards == 1 else jax.lax.all_gather(x_R, SHARDS, tiled=True)
 
 
-def product(x: jax.Array, pieces_OI: Pieces) -> jax.Array:
-    """The product x @ weight^T, [..., O], piece by piece."""
-    rows = x.reshape(-1, x.shape[-1])
-    parts = [jnp.einsum("bi,oi->bo", rows, piece_OI) for piece_OI in pieces_OI]
-    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    return whole.reshape(*x.shape[:-1], -1)
+def by_head(x_RTKH: jax.Array) -> jax.Array:
+    """Keys or values as the cache holds them, [RK, T, H]: products read them there without a transposition."""
+    R, T, K, H = x_RTKH.shape
+    return jnp.swapaxes(x_RTKH, 1, 2).reshape(R * K, T, H)
 
 
-def attend_cached(q_RNH: jax.Array, keys_RSKH: jax.Array, values_RSKH: jax.Array, mask_RS: jax.Array) -> jax.Array:
-    """Attention of one query of each sequence over its cache; softmax in float32. Returns [R, N, H]."""
+def attend_cached(q_RNH: jax.Array, keys_XSH: jax.Array, values_XSH: jax.Array, mask_RS: jax.Array) -> jax.Array:
+    """Attention of one query of each sequence over its cache, [RK, S, H]; softmax in float32. Returns [R, N, H]."""
     R, N, H = q_RNH.shape
-    K = keys_RSKH.shape[2]
-    q_RKGH = q_RNH.reshape(R, K, N // K, H)
-    scores = jnp.einsum("rkgh,rskh->rkgs", q_RKGH, keys_RSKH, preferred_element_type=jnp.float32) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask_RS[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    attended = jnp.einsum("rkgs,rskh->rkgh", weights.astype(values_RSKH.dtype), values_RSKH)
-    return attended.reshape(R, N, H)
+    X = keys_XSH.shape[0]
+    q_XGH = q_RNH.reshape(X, -1, H)
+    scores_XGS = jnp.einsum("xgh,xsh->xgs", q_XGH, keys_XSH, preferred_element_type=jnp.float32) * H**-0.5
+    mask_X1S = jnp.repeat(mask_RS, X // R, axis=0)[:, None]
+    weights_XGS = jax.nn.softmax(jnp.where(mask_X1S, scores_XGS, jnp.finfo(jnp.float32).min), axis=-1)
+    attended_XGH = jnp.einsum("xgs,xsh->xgh", weights_XGS.astype(values_XSH.dtype), values_XSH)
+    return attended_XGH.reshape(R, N, H)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tlite_jax.config import ModelConfig
-from tlite_jax.generate.network import Cache, LayerCache
+from tlite_jax.generate.network import Cache, LayerCache, by_head
 from tlite_jax.model import decoder
 from tlite_jax.model.attention import Attend
 from tlite_jax.model.decoder import Block, Gather
@@ -40,13 +40,13 @@ def prefill(
     rope = decoder.rope_at(model, jnp.maximum(jnp.arange(T) - padding_R[:, None], 0))
     # Padding attends to padding alone, and no token to it.
     segments_RT = (jnp.arange(T) >= padding_R[:, None]).astype(jnp.int32)
-    widths = ((0, 0), (0, cache_length - T), (0, 0), (0, 0))
+    widths = ((0, 0), (0, cache_length - T), (0, 0))
 
     def body(x_RTD: jax.Array, stored: Block) -> tuple[jax.Array, LayerCache]:
         block = gather(stored)
         q_RTNH, k_RTKH, v_RTKH = block.project(x_RTD, rope)
         x_RTD = block.finish(x_RTD, attend(q_RTNH, k_RTKH, v_RTKH, segments_RT))
-        return x_RTD, LayerCache(jnp.pad(k_RTKH, widths), jnp.pad(v_RTKH, widths))
+        return x_RTD, LayerCache(*(jnp.pad(by_head(new), widths) for new in (k_RTKH, v_RTKH)))
 
     embedding = gather(network.embedding)
     x_RTD, stacked = jax.lax.scan(body, embedding[...][tokens_RT], network.blocks)

@@ -1,13 +1,11 @@
 """A model's weights as decoding wants them: a layer each, products that read the same input in one, cast once.
 
 Each device holds rows of every matrix, and what it computes of an output is gathered: a token's activations travel,
-weights never do. On a CPU a matrix is further cut into pieces: XLA gives a product of a few rows to one core, but runs
-products that do not wait for each other on several.
+weights never do.
 
-Shapes: V vocab, D embed, O rows of a matrix on this device, I its columns.
+Shapes: D embed.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,21 +17,18 @@ from tlite_jax.config import ModelConfig
 from tlite_jax.model.decoder import ParamSpec, param_specs
 from tlite_jax.sharding import SHARDS, num_shards, partition_specs
 
-Pieces = tuple[jax.Array, ...]  # of a matrix, by rows
-_CPU_PIECE_BYTES, _CPU_PIECES = 1 << 21, 4
-
 
 class Layer(NamedTuple):
     """One block; norms are whole on every device, all else is this device's rows."""
 
     attention_norm: jax.Array
-    query_key_value: Pieces
+    query_key_value: jax.Array
     query_key_value_bias: jax.Array | None
-    output: Pieces
+    output: jax.Array
     output_bias: jax.Array | None
     mlp_norm: jax.Array
-    gate_up: Pieces
-    down: Pieces
+    gate_up: jax.Array
+    down: jax.Array
 
 
 class Weights(NamedTuple):
@@ -42,7 +37,7 @@ class Weights(NamedTuple):
     embedding: jax.Array
     layers: tuple[Layer, ...]
     final_norm: jax.Array
-    head: Pieces
+    head: jax.Array
 
 
 def weight_specs(model: ModelConfig, mesh: Mesh) -> Any:
@@ -52,7 +47,7 @@ def weight_specs(model: ModelConfig, mesh: Mesh) -> Any:
         param_specs(model),
         is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
     )
-    arranged = jax.eval_shape(lambda params: _arrange(model, mesh, params, whole=lambda norm_D: norm_D), params)
+    arranged = jax.eval_shape(lambda params: _arrange(model, params, whole=lambda norm_D: norm_D), params)
 
     def spec(path: Any, _: Any) -> PartitionSpec:
         return PartitionSpec() if path[-1].name.endswith("norm") else PartitionSpec(SHARDS)
@@ -69,7 +64,7 @@ def make_arrange(model: ModelConfig, mesh: Mesh, dtype: str) -> Callable[[Any], 
         return jax.lax.all_gather(norm_D, SHARDS, tiled=True)[: model.hidden_size]
 
     def local(params: Any) -> Weights:
-        return _arrange(model, mesh, jax.tree.map(lambda x: x.astype(dtype), params), whole)
+        return _arrange(model, jax.tree.map(lambda x: x.astype(dtype), params), whole)
 
     return jax.jit(
         jax.shard_map(
@@ -82,7 +77,7 @@ def make_arrange(model: ModelConfig, mesh: Mesh, dtype: str) -> Callable[[Any], 
     )
 
 
-def _arrange(model: ModelConfig, mesh: Mesh, params: Any, whole: Callable[[jax.Array], jax.Array]) -> Weights:
+def _arrange(model: ModelConfig, params: Any, whole: Callable[[jax.Array], jax.Array]) -> Weights:
     blocks = params["blocks"]
 
     def layer(number: int) -> Layer:
@@ -95,24 +90,15 @@ def _arrange(model: ModelConfig, mesh: Mesh, params: Any, whole: Callable[[jax.A
         biased = model.attention_bias
         return Layer(
             attention_norm=whole(part("attention_norm")),
-            query_key_value=_cut(fused("query", "key", "value"), mesh),
+            query_key_value=fused("query", "key", "value"),
             query_key_value_bias=fused("query_bias", "key_bias", "value_bias") if biased else None,
-            output=_cut(part("output"), mesh),
+            output=part("output"),
             output_bias=part("output_bias") if biased else None,
             mlp_norm=whole(part("mlp_norm")),
-            gate_up=_cut(fused("gate", "up"), mesh),
-            down=_cut(part("down"), mesh),
+            gate_up=fused("gate", "up"),
+            down=part("down"),
         )
 
     head = params["embedding" if model.tie_word_embeddings else "head"]
     layers = tuple(layer(number) for number in range(model.num_hidden_layers))
-    return Weights(params["embedding"], layers, whole(params["final_norm"]), _cut(head, mesh))
-
-
-def _cut(matrix_OI: jax.Array, mesh: Mesh) -> Pieces:
-    if mesh.devices.flat[0].platform != "cpu" or mesh.size > 1:
-        return (matrix_OI,)
-    size = matrix_OI.size * 4
-    count = min(max(_CPU_PIECES if size >= 1 << 18 else 1, -(-size // _CPU_PIECE_BYTES)), matrix_OI.shape[0])
-    bounds = [matrix_OI.shape[0] * number // count for number in range(count + 1)]
-    return tuple(matrix_OI[first:last] for first, last in itertools.pairwise(bounds))
+    return Weights(params["embedding"], layers, whole(params["final_norm"]), head)
