@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
+CUDA ?= 12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm lint format types clean test-fuzz
+.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm test-gpu lint format types clean test-fuzz
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
@@ -34,6 +35,10 @@ test-cluster: $(VENV)/.installed-test   ## preparing on Slurm (where sinfo finds
 
 test-slurm: $(VENV)/.installed-test     ## submit, preempt, lose a node: on a real Slurm, started in a scratch directory (root)
 	TLITE_TEST_SLURM=1 $(BIN)/python -m pytest -s -rs tests/slurm
+
+test-gpu: $(VENV)/.installed-test       ## the step, its collectives over NCCL and the kernels, on this machine's GPUs
+	$(PIP) --editable '.[cuda$(CUDA),test]'
+	TLITE_TEST_GPU=1 $(BIN)/python -m pytest -s -rs tests/gpu
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
