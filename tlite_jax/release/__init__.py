@@ -1,0 +1,1 @@
+"""What is checked of a release before it is called one."""
