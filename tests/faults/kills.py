@@ -1,0 +1,186 @@
+"""The kill sweep: SIGKILL at random moments, half of them aimed at a save; after each the run is gone on with.
+
+    python -m tests.faults.kills --count 300 --seed 1 --log kills.jsonl [--resume]
+
+Whenever a run reaches its end, every loss, the last state's bits and the rows read must equal those of a run that
+nothing happened to. The log has a line for every kill and every finished run; with --resume the kills in it count, so
+that a thousand can be gathered in several sittings. The moment of kill N depends on the seed and N alone.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.faults import runs
+
+_POLL_SECONDS = 0.0005
+
+
+class Kill(NamedTuple):
+    """Where a kill was sent, and what it found.
+
+    Attributes:
+      number, aim, delay: which; at any "moment" of a start or at a "save"; seconds after the start or the save's begin.
+      in_save: a checkpoint was half written.
+      steps: the last whole step on disk at the start, and the one afterwards.
+    """
+
+    number: int
+    aim: str
+    delay: float
+    in_save: bool
+    steps: tuple[int, int]
+
+
+class Sweep:
+    """Kills one run after another.
+
+    Args:
+      scratch: an empty directory.
+      seed: of the moments.
+      note: takes a line of the log.
+    """
+
+    def __init__(self, scratch: Path, seed: int, note: Callable[[dict[str, Any]], None]) -> None:
+        self._scratch, self._seed, self._note = scratch, seed, note
+        self._data = runs.make_data(scratch / "data")
+        began = time.monotonic()
+        self._expected = runs.undisturbed(self._data, scratch)
+        self._start_seconds = time.monotonic() - began
+        self._save_seconds = 0.05
+        self.kills: list[Kill] = []
+        self.finished = 0
+
+    def run(self, count: int, first: int = 0) -> None:
+        """Sends kills `first` to `count`, then lets the last run finish.
+
+        Raises:
+          AssertionError: a run was lost, or ended with other bits.
+        """
+        number = first
+        while number < count:
+            output = self._scratch / f"run{number}"
+            while number < count and self._kill(number, output):
+                number += 1
+            self._finish(output)
+
+    def _kill(self, number: int, output: Path) -> bool:
+        """One start that is killed; False when it was over before that."""
+        chance = np.random.default_rng([self._seed, number])
+        aim = "save" if chance.random() < 0.6 else "moment"
+        nth_save, part = int(chance.integers(1, 3)), float(chance.random())
+        before, left = _last_step(output), half_written(output)
+        child = self._start(output)
+        began = time.monotonic()
+        delay = part * (self._save_seconds if aim == "save" else self._start_seconds)
+        left = self._wait(child, output, left, nth_save if aim == "save" else 0, delay)
+        child.kill()
+        status = child.wait()
+        if status == 0:
+            self._start_seconds = 0.8 * self._start_seconds + 0.2 * (time.monotonic() - began)
+            return False
+        assert status == -9, f"kill {number}: the start before it failed with {status}:\n{child.log.read_text()}"
+        after = _last_step(output)
+        assert after >= before, f"kill {number}: step {before} was there, now the newest is {after}"
+        kill = Kill(number, aim, round(delay, 4), bool(half_written(output) - left), (before, after))
+        self.kills.append(kill)
+        self._note({"kill": kill.number, "seed": self._seed, **kill._asdict()})
+        return True
+
+    def _wait(
+        self, child: runs.Child, output: Path, left: set[tuple[str, int]], nth_save: int, delay: float
+    ) -> set[tuple[str, int]]:
+        """Until so many seconds after the nth save of this start began (0: after the start), or the process ends.
+
+        Returns:
+          What is half written still since the start before, of `left`.
+        """
+        seen: set[tuple[str, int]] = set()
+        deadline = time.monotonic() + delay if not nth_save else None
+        while child.poll() is None and (deadline is None or time.monotonic() < deadline):
+            now = half_written(output)
+            left = left & now
+            seen |= now - left
+            if deadline is None and len(seen) >= nth_save:
+                deadline = time.monotonic() + delay
+            time.sleep(_POLL_SECONDS)
+        return left
+
+    def _start(self, output: Path) -> runs.Child:
+        config = runs.config(self._data, output, self._scratch / "cache")
+        return runs.Child(lambda: runs.train_to_the_end(config), output.with_suffix(".log"))
+
+    def _finish(self, output: Path) -> None:
+        result = output.with_suffix(".json")
+        if not result.exists():
+            child = self._start(output)
+            assert child.wait() == 0, f"{output.name} is lost:\n{child.log.read_text()}"
+        found = json.loads(result.read_text())
+        wrong = [name for name, value in self._expected.items() if found[name] != value]
+        assert not wrong, f"{output.name} ended with other {wrong}"
+        assert not half_written(output), f"{output.name} ended with half a checkpoint"
+        self.finished += 1
+        self._note({"run": output.name, "seed": self._seed, "equal": sorted(found)})
+        shutil.rmtree(output)
+        result.unlink()
+
+
+def half_written(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are begun and not whole, by name and inode: those whose names are no numbers."""
+    return {(entry.name, entry.inode()) for entry in _entries(run) if not entry.name.isdecimal()}
+
+
+def _last_step(run: Path) -> int:
+    return max((int(entry.name) for entry in _entries(run) if entry.name.isdecimal()), default=0)
+
+
+def _entries(run: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(run / "checkpoints"))
+    except FileNotFoundError:
+        return []
+
+
+def read_log(path: Path) -> tuple[int, int, int, int]:
+    """Kills, those in a save, runs finished, and the first number not yet used, of a log that may not exist."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kills = [line for line in lines if "kill" in line]
+    used = max((line["number"] for line in kills), default=-1) + 1
+    return len(kills), sum(line["in_save"] for line in kills), sum("run" in line for line in lines), used
+
+
+def main() -> None:
+    """Runs a sweep and prints its summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=300, help="kills, those in the log included")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--log", type=Path, default=Path("kills.jsonl"))
+    parser.add_argument("--resume", action="store_true", help="go on with the log instead of refusing it")
+    arguments = parser.parse_args()
+    if arguments.log.exists() and not arguments.resume:
+        parser.error(f"{arguments.log} is there: give --resume to go on with it, or another --log")
+    *_, first = read_log(arguments.log)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tlite-kills-") as scratch, arguments.log.open("a") as log:
+
+        def note(line: dict[str, Any]) -> None:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+        Sweep(Path(scratch), arguments.seed, note).run(arguments.count, first)
+    kills, in_save, finished, _ = read_log(arguments.log)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{kills} kills, {in_save} of them with a checkpoint half written; {finished} runs finished, all equal bit")
+    print(f"for bit; 0 lost; seed {arguments.seed}, {minutes:.0f} minutes for {kills - first} kills of this sitting")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""A slice of the kill sweep; `make test-faults` runs the whole of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
+    log = tmp_path / "kills.jsonl"
+    command = [sys.executable, "-m", "tests.faults.kills", "--count", "3", "--seed", "5", "--log", str(log)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    kills = [line for line in lines if "kill" in line]
+    assert [kill["number"] for kill in kills] == [0, 1, 2]
+    assert any(kill["in_save"] for kill in kills)
+    assert [line["equal"] for line in lines if "run" in line][-1] == ["losses", "rows", "state", "step"]
