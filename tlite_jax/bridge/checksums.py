@@ -71,11 +71,14 @@ def read_sums(path: Path) -> dict[str, str]:
     """Hashes by file name.
 
     Raises:
-      UserError: not a checksum file of ours, or one that names files elsewhere.
+      UserError: not a checksum file of ours, one that is cut short, or one that names files elsewhere.
     """
     sums: dict[str, str] = {}
-    for line in read_bounded(path, _MAX_BYTES).decode("utf-8", errors="replace").splitlines():
-        match = _LINE.fullmatch(line)
+    *lines, end = read_bounded(path, _MAX_BYTES).decode("utf-8", errors="replace").split("\n")
+    if end or not lines:
+        raise UserError(f"{path}: cut short: its last line has no end")
+    for line in lines:
+        match = _LINE.fullmatch(line.removesuffix("\r"))
         if match is None or "/" in match[2] or match[2] in sums:
             raise UserError(f"{path}: not a list of SHA-256 hashes of files beside it: {shown(line)!r}")
         sums[match[2]] = match[1]
