@@ -120,8 +120,10 @@ class _Theirs:
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         torch.set_num_threads(threads)
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(problem, dtype=torch.float32).eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(problem)
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            problem, dtype=torch.float32, trust_remote_code=False
+        ).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(problem, trust_remote_code=False)
         self._new_tokens = new_tokens
 
     def facts(self) -> Answer:

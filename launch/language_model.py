@@ -59,7 +59,7 @@ def load_tokenizer(directory: Path) -> Any:
 
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory.parent} has no tokenizer directory; import the model with its tokenizer")
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def _end_ids(file: Path) -> tuple[int, ...]:

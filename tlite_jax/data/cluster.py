@@ -4,9 +4,11 @@ Every machine must see the input files and the buckets' directory under the same
 that are whole, never by the executors' marker files: those are not looked at.
 """
 
+import hashlib
 import os
 import pickle
 import secrets
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +22,6 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 import tlite_jax
-from tlite_jax.config import digest
 from tlite_jax.data.preparation import SHARDS, Preparation
 from tlite_jax.data.prepare import PrepareReport, find_finished, finish
 from tlite_jax.data.shards import Encoders, encoder_for, tokenize_shard
@@ -177,7 +178,7 @@ def submit_slurm(
         "partition": slurm.partition,
         "mem_per_cpu_gb": executor.memory_gb,
         "qos": None,
-        "env_command": "\n".join(f"export {name}='{value}'" for name, value in _environment().items()),
+        "env_command": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in _environment().items()),
         "sbatch_args": slurm.options,
         "skip_completed": False,
     }
@@ -243,19 +244,26 @@ def _environment() -> dict[str, str]:
 
 
 def _save(preparation: Preparation) -> Path:
-    """Writes a preparation beside its shards, where every task finds it."""
-    files = {name: [file.path for file in found] for name, found in preparation.files.items()}
-    path = preparation.buckets.absolute() / SHARDS / f"job-{digest([preparation.origin(), files])}.pickle"
+    """Writes a preparation beside its shards, where every task finds it, under the hash of its content."""
+    content = pickle.dumps((os.getcwd(), preparation))
+    path = preparation.buckets.absolute() / SHARDS / f"job-{hashlib.sha256(content).hexdigest()}.pickle"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    temporary.write_bytes(pickle.dumps((os.getcwd(), preparation)))
+    temporary.write_bytes(content)
     temporary.rename(path)
     return path
 
 
 def _load(path: str) -> Preparation:
-    """Reads a preparation and goes to the directory that its relative paths begin in."""
-    directory, preparation = pickle.loads(Path(path).read_bytes())
+    """Reads a preparation and goes to the directory that its relative paths begin in.
+
+    Raises:
+      UserError: the file is not the one that was written for this job; nothing of it is run.
+    """
+    content = Path(path).read_bytes()
+    if Path(path).name != f"job-{hashlib.sha256(content).hexdigest()}.pickle":
+        raise UserError(f"{path} is not what was written for this job: run prepare again")
+    directory, preparation = pickle.loads(content)
     os.chdir(directory)
     assert isinstance(preparation, Preparation)
     return preparation

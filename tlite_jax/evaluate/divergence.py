@@ -196,7 +196,8 @@ class DivergenceMeter:
 
     def open_base(self) -> None:
         """Maps what `write_base` wrote into memory."""
-        self._base = {name: np.load(self._directory / f"{name}.npy", mmap_mode="r") for name in FILES}
+        files = {name: self._directory / f"{name}.npy" for name in FILES}
+        self._base = {name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in files.items()}
 
     def nowhere(self) -> dict[str, Divergence]:
         """What the base itself measures."""
