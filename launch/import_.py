@@ -44,21 +44,23 @@ def import_model(src: str, dst: Path, revision: str | None = None) -> None:
         (run / "tokenizer").mkdir()
         for name, content in imported.tokenizer.items():
             (run / "tokenizer" / name).write_bytes(content)
-        save_model(
-            run,
-            imported.params,
-            imported.model,
-            weights_dtype=imported.weights_dtype,
-            origin=src,
-            tensor_dtypes=imported.tensor_dtypes,
-        )
+        with byte_progress(f"reading {src}") as report:
+            save_model(
+                run,
+                imported.params,
+                imported.model,
+                weights_dtype=imported.weights_dtype,
+                origin=src,
+                tensor_dtypes=imported.tensor_dtypes,
+                report=report,
+            )
     for note in imported.notes:
         print(f"note: {note}")
     print(f"{dst}: step 0, weights {imported.weights_dtype}")
 
 
 def read_model(src: str, revision: str | None = None) -> "Imported":
-    """Reads a model's weights and tokenizer files into memory; arguments and errors as for `import_model`."""
+    """Opens a model, its weights unread, with its tokenizer's files; arguments and errors as for `import_model`."""
     from tlite_jax.bridge.gguf import import_gguf
     from tlite_jax.bridge.hf import download, import_hf, is_hub_id
 
@@ -72,5 +74,4 @@ def read_model(src: str, revision: str | None = None) -> "Imported":
     if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
         raise UserError(f"{src} holds GGUF files; give one of them: {', '.join(map(str, files))}")
     import_ = import_gguf if path.is_file() and path.suffix not in (".safetensors", ".bin") else import_hf
-    with byte_progress(f"reading {src}") as report:
-        return import_(path, report)
+    return import_(path)

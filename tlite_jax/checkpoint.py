@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from pydantic import Field
 
 from tlite_jax.best import best_step_on_disk
-from tlite_jax.checkpoint_slices import open_arrays, save_args
+from tlite_jax.checkpoint_slices import open_arrays, save_args, write_arrays
 from tlite_jax.config import CheckpointConfig, ModelConfig, Section
 from tlite_jax.config.base import NonNegative
 from tlite_jax.config_files import parse
@@ -33,7 +33,7 @@ from tlite_jax.sharding import abstract_params, map_specs
 from tlite_jax.train.state import TrainState, abstract_state
 
 FORMAT_VERSION = 1
-_DELETING = ".deleting"
+_DELETING, _PARTIAL = ".deleting", ".partial"
 
 
 class Meta(Section):
@@ -225,26 +225,36 @@ def save_model(
     weights_dtype: Literal["bfloat16", "float16", "float32"],
     origin: str,
     tensor_dtypes: dict[str, str] | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes a model without optimizer as step 0 of a run; the tokenizer is the caller's to place beside it.
 
     Args:
       run: directory; made if absent.
-      params: nested dict of host or device arrays, logical shapes, any float dtype.
+      params: nested dict of arrays, logical shapes, any float dtype; read in slices, so that they may lie anywhere.
       model: their shape.
       weights_dtype: the dtype that `export` writes by default.
       origin: where they came from, for people.
       tensor_dtypes: Hugging Face names of tensors whose dtype differs from weights_dtype.
+      report: called with (bytes written, bytes in all).
     """
     meta = Meta(step=0, model=model, weights_dtype=weights_dtype, origin=origin, tensor_dtypes=tensor_dtypes or {})
+    final = run.absolute() / "checkpoints" / "0"
+    partial = final.with_name(f"0{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    # Orbax writes the tree, and an empty array for each leaf; its record of the tree holds no shapes.
+    empty = jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params)
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
         checkpointer.save(
-            (run / "checkpoints" / "0").absolute(),
+            partial,
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params, save_args=save_args(params)),
-                meta=ocp.args.JsonSave(meta.model_dump(mode="json")),
+                params=ocp.args.PyTreeSave(empty), meta=ocp.args.JsonSave(meta.model_dump(mode="json"))
             ),
         )
+    for arrays in (*partial.glob("params/*ocdbt*"), partial / "params" / "d"):
+        shutil.rmtree(arrays) if arrays.is_dir() else arrays.unlink()
+    write_arrays(partial / "params", params, report)
+    partial.rename(final)
 
 
 class Saver:
@@ -310,7 +320,7 @@ def _delete(directory: Path) -> None:
 
 def _delete_leftovers(directory: Path) -> None:
     """Gives back the disk that half-saved and half-deleted checkpoints of a killed process hold."""
-    for pattern in (f"*{_DELETING}", "*.orbax-checkpoint-tmp*"):
+    for pattern in (f"*{_DELETING}", f"*{_PARTIAL}", "*.orbax-checkpoint-tmp*"):
         for leftover in directory.glob(pattern):
             shutil.rmtree(leftover)
 

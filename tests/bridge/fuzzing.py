@@ -7,6 +7,7 @@ memory. `python -m tests.bridge.fuzzing --count 20000` runs many (`make test-fuz
 
 import argparse
 import collections
+import dataclasses
 import json
 import resource
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from tests.bridge import llama_cpp_reference as reference
@@ -206,7 +208,9 @@ class Subject:
         return outcome
 
     def _import(self) -> Any:
-        return import_gguf(self._path) if self._is_gguf else import_hf(self._path.parent)
+        """All of it, weights too."""
+        opened = import_gguf(self._path) if self._is_gguf else import_hf(self._path.parent)
+        return dataclasses.replace(opened, params=jax.tree.map(np.asarray, opened.params))
 
     def _check(self, mutation: Mutation) -> str:
         refusal = ""

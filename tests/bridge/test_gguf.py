@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_weights_are_what_gguf_undoes(tmp_path: Path, tokenizer: Tokenizer, name
     expected = model_config_from_hf(model.config.to_dict())
     # a GGUF does not say how the weights were initialised
     assert imported.model == expected.model_copy(update={"initializer_range": 0.02})
-    ours = flat(imported.params)
+    ours = flat(jax.tree.map(np.asarray, imported.params))
     assert ours.keys() == undone.keys()
     for key, array in undone.items():
         assert np.array_equal(ours[key].astype(np.float32), array), key

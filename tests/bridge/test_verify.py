@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launch.__main__ import build_app
 from tests.bridge.fuzzing import made_gguf, made_hf
-from tlite_jax.bridge import safetensors_io
+from tlite_jax.bridge.stored import StoredTensor
 from tlite_jax.bridge.verify import verify_gguf, verify_hf
 
 INDEX = "model.safetensors.index.json"
@@ -143,10 +143,10 @@ def test_values_are_counted_in_every_dtype(dtype: Any, tmp_path: Path) -> None:
 
     array = np.zeros((5, 7), dtype)
     array[1, 2], array[3, 3], array[4] = np.nan, -np.inf, np.nan
-    stored = safetensors_io.StoredTensor(array.shape, array.dtype.name, lambda rows: array[rows])
+    stored = StoredTensor(array.shape, array.dtype.name, lambda rows: array[rows])
     assert _not_finite(stored) == (8, 1)
     whole = np.full((3, 4), -1, np.int64)
-    stored = safetensors_io.StoredTensor(whole.shape, "int64", lambda rows: whole[rows])
+    stored = StoredTensor(whole.shape, "int64", lambda rows: whole[rows])
     assert _not_finite(stored) == (0, 0)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a file -> our nested dict of stacked parameters, and back to named tensors."""
+"""Tensors of a file -> our nested dict of stacked parameters, and back to named tensors; none is read on the way."""
 
 import math
 import re
@@ -12,10 +12,12 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tlite_jax.bridge.ahead import row_slices
 from tlite_jax.bridge.files import listed
 from tlite_jax.bridge.names import Slot, slots
-from tlite_jax.bridge.safetensors_io import OutgoingTensor, StoredTensor
+from tlite_jax.bridge.safetensors_io import OutgoingTensor
 from tlite_jax.bridge.source import TensorSource
+from tlite_jax.bridge.stored import StoredParam, StoredTensor
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError
 
@@ -33,11 +35,11 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Imported:
-    """A model read from another project's files.
+    """A model in another project's files; its weights are read from them when they are asked for.
 
     Attributes:
       model: its shape.
-      params: nested dict of arrays, Hugging Face layout, layers stacked; in the dtype they were stored in.
+      params: nested dict of StoredParams, Hugging Face layout, layers stacked; in the dtype they were stored in.
       weights_dtype: the dtype that most of the weights are stored in, and an export's default.
       tensor_dtypes: Hugging Face names of tensors stored in another dtype, so that an export restores theirs.
       tokenizer: Hugging Face tokenizer files (and generation_config.json) by name; empty when there were none.
@@ -115,7 +117,7 @@ def harmless_extras(stored: Mapping[str, StoredTensor], model: ModelConfig, orig
     reasons = {name: "recomputed from rope_theta" for name in stored if _ROTARY_BUFFER.fullmatch(name)}
     if model.tie_word_embeddings and "lm_head.weight" in stored and "model.embed_tokens.weight" in stored:
         head, embedding = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
-        if head.dtype != embedding.dtype or not np.array_equal(_bits(head.read()), _bits(embedding.read())):
+        if not _same_bits(head, embedding):
             raise UserError(
                 f"{origin}: tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight; "
                 "set tie_word_embeddings to false in config.json if the head is its own"
@@ -124,42 +126,29 @@ def harmless_extras(stored: Mapping[str, StoredTensor], model: ModelConfig, orig
     return reasons
 
 
-def stack(
-    wanted: Mapping[str, Slot],
-    stored: Mapping[str, StoredTensor],
-    read: Callable[[Slot, StoredTensor], np.ndarray],
-    report: Report,
-) -> Params:
-    """Reads every tensor into its place; memory holds the parameters and one tensor.
+def stack(wanted: Mapping[str, Slot], stored: Mapping[str, StoredTensor]) -> Params:
+    """Puts every tensor in its place, unread.
 
     Args:
-      wanted: slots by the file's own tensor names.
-      stored: the file's tensors; all of `wanted` are there.
-      read: makes a slot's array [slot.shape] in Hugging Face's row order.
-      report: called with (bytes read, bytes in all), as they lie in memory.
+      wanted: slots by the file's own tensor names, layer by layer.
+      stored: the file's tensors, rows in Hugging Face's order; all of `wanted` are there.
+
+    Returns:
+      Nested dict of StoredParams. A parameter whose layers differ in dtype is float32.
     """
-    dtypes: dict[str, set[str]] = {}
+    tensors: dict[str, list[StoredTensor]] = {}
+    stacked = set()
     for name, slot in wanted.items():
-        dtypes.setdefault(slot.path, set()).add(memory_dtype(stored[name].dtype))
-    num_layers = 1 + max((slot.layer for slot in wanted.values() if slot.layer is not None), default=-1)
-    sizes = {
-        name: math.prod(slot.shape) * WEIGHT_DTYPES[memory_dtype(stored[name].dtype)].itemsize
-        for name, slot in wanted.items()
-    }
-    done, total = 0, sum(sizes.values())
+        tensors.setdefault(slot.path, []).append(stored[name])
+        if slot.layer is not None:
+            stacked.add(slot.path)
     params: Params = {}
-    for name, slot in wanted.items():
-        if slot.layer is None:
-            params[slot.path] = np.array(read(slot, stored[name]))
-        else:
-            group, leaf = slot.path.split("/")
-            leaves = params.setdefault(group, {})
-            if leaf not in leaves:
-                (dtype,) = dtypes[slot.path] if len(dtypes[slot.path]) == 1 else ("float32",)
-                leaves[leaf] = np.empty((num_layers, *slot.shape), WEIGHT_DTYPES[dtype])
-            leaves[leaf][slot.layer] = read(slot, stored[name])
-        done += sizes[name]
-        report(done, total)
+    for path, layers in tensors.items():
+        dtypes = {memory_dtype(tensor.dtype) for tensor in layers}
+        dtype = WEIGHT_DTYPES[dtypes.pop() if len(dtypes) == 1 else "float32"]
+        group, _, leaf = path.rpartition("/")
+        place = params.setdefault(group, {}) if group else params
+        place[leaf] = StoredParam(layers, dtype, is_stacked=path in stacked)
     return params
 
 
@@ -209,5 +198,8 @@ def cast_weights(name: str, source: Any, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
+def _same_bits(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether dtype, shape and every bit agree; memory holds a few rows."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(one.read(rows).tobytes() == other.read(rows).tobytes() for rows in row_slices(one.shape))

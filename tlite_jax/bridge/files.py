@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -100,19 +101,14 @@ def new_directory(destination: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `destination` that takes its place when the block ends without an error.
 
     What the block wrote is flushed to the disk before the renaming, so that an interrupted one never looks whole; a
-    failed one is removed.
+    failed one is removed, one of a killed process when the next begins.
 
     Raises:
       UserError: `destination` exists and is not an empty directory, or cannot be written.
     """
     refuse_occupied(destination)
     destination = Path(os.path.abspath(destination))
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror}") from error
-    try:
+    with _temporary(destination, is_directory=True) as temporary:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
@@ -121,17 +117,14 @@ def new_directory(destination: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         os.rename(temporary, destination)
         _flush(destination.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_file(destination: Path) -> Iterator[Path]:
     """Yields the path of a temporary file beside `destination` that takes its place when the block ends without error.
 
-    Its content is flushed to the disk before the renaming; after an error it is removed.
+    Its content is flushed to the disk before the renaming; after an error it is removed, after a kill when the next
+    begins.
 
     Raises:
       UserError: `destination` exists or cannot be written.
@@ -139,23 +132,70 @@ def new_file(destination: Path) -> Iterator[Path]:
     if os.path.lexists(destination):
         raise UserError(f"{destination} exists; remove it or choose another destination")
     destination = Path(os.path.abspath(destination))
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
-        os.close(descriptor)
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror}") from error
-    temporary = Path(name)
-    try:
+    with _temporary(destination, is_directory=False) as temporary:
         yield temporary
         _flush(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.rename(temporary, destination)
         _flush(destination.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _temporary(destination: Path, *, is_directory: bool) -> Iterator[Path]:
+    """Makes `.NAME.partial-*` beside a destination, locked while this process lives, and removes it at the end."""
+    prefix = f".{destination.name}.partial-"
+    temporary = descriptor = None
+    try:
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(destination.parent, prefix)
+            while descriptor is None:
+                if is_directory:
+                    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+                else:
+                    opened, name = tempfile.mkstemp(prefix=prefix, dir=destination.parent)
+                    os.close(opened)
+                    temporary = Path(name)
+                descriptor = _lock(temporary)  # None: another process took it for abandoned in between
+            yield temporary
+        except OSError as error:
+            raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            _remove(temporary)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_abandoned(directory: Path, prefix: str) -> None:
+    """Removes what killed processes left: what nobody holds a lock on."""
+    for left in directory.iterdir():
+        if left.name.startswith(prefix) and (descriptor := _lock(left)) is not None:
+            _remove(left)
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Returns an open descriptor that keeps others off `path`; None where another has it or it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.lexists(path):
+            return descriptor
+    except BlockingIOError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refuse_occupied(destination: Path) -> None:

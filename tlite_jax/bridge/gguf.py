@@ -14,18 +14,16 @@ from tlite_jax.bridge import gguf_file
 from tlite_jax.bridge.assemble import (
     WEIGHT_DTYPES,
     Imported,
-    Report,
     WeightsDtype,
     expected_slots,
     main_dtype,
     match_names,
-    no_report,
     stack,
 )
 from tlite_jax.bridge.files import shown
 from tlite_jax.bridge.gguf_metadata import INITIALIZER_KEY, SCALING_KEY, rope_scaling_from
 from tlite_jax.bridge.names import Slot, rows_from_gguf
-from tlite_jax.bridge.safetensors_io import StoredTensor
+from tlite_jax.bridge.stored import StoredTensor, in_whole_units
 from tlite_jax.bridge.tokenizer import check_vocabulary, tokenizer_from_gguf
 from tlite_jax.config import Llama3RopeScaling, ModelConfig
 from tlite_jax.config_files import parse
@@ -53,12 +51,11 @@ _PLAIN = {
 }
 
 
-def import_gguf(source: Path, report: Report = no_report) -> Imported:
-    """Reads a Llama model and its tokenizer from a GGUF file.
+def import_gguf(source: Path) -> Imported:
+    """Opens a Llama model in a GGUF file and reads its tokenizer; weights are read when they are asked for.
 
     Args:
       source: the file.
-      report: called with (bytes read, bytes in all).
 
     Returns:
       float32, float16 and bfloat16 tensors as they are, quantised ones as float32. `weights_dtype` is the dtype that
@@ -75,7 +72,10 @@ def import_gguf(source: Path, report: Report = no_report) -> Imported:
     check_vocabulary(tokenizer, model, str(source))
     wanted = {slot.gguf: slot for slot in expected_slots(model, stored, source)}
     match_names(wanted, stored, source, harmless=(ROPE_FACTORS,))
-    params = stack(wanted, stored, _read_slot, report)
+    for kind in {stored[name].dtype for name in wanted}:
+        gguf_file.require_decoder(kind, source)
+    ordered = {name: _in_our_order(stored[name], slot, model.head_dim) for name, slot in wanted.items()}
+    params = stack(wanted, ordered)
     main = main_dtype((stored[name].dtype, stored[name].shape) for name in wanted)
     if main in WEIGHT_DTYPES:
         return Imported(model, params, cast(WeightsDtype, main), {}, tokenizer, ())
@@ -173,9 +173,10 @@ def _rope_scaling(
     )
 
 
-def _read_slot(slot: Slot, tensor: StoredTensor) -> np.ndarray:
-    array = tensor.read()
-    return array if slot.rotary_heads is None else rows_from_gguf(array, slot.rotary_heads)
+def _in_our_order(tensor: StoredTensor, slot: Slot, head_dim: int) -> StoredTensor:
+    if slot.rotary_heads is None:
+        return tensor
+    return in_whole_units(tensor, head_dim, lambda rows: rows_from_gguf(rows, rows.shape[0] // head_dim))
 
 
 def _short_float(value: Any) -> Any:

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from tlite_jax.bridge.files import shown
-from tlite_jax.bridge.safetensors_io import Problem, StoredTensor
+from tlite_jax.bridge.safetensors_io import Problem
+from tlite_jax.bridge.stored import StoredTensor, read_rows_of
 from tlite_jax.errors import UserError
 
 # Llama-3's header has 0.7 million items in 8 MB.
@@ -104,16 +105,31 @@ def gaps(tensors: Sequence[TensorEntry], data_bytes: int, alignment: int) -> Ite
         yield Problem(f"{left} bytes after the last tensor belong to none", expected, left)
 
 
+def require_decoder(kind: str, path: Path) -> None:
+    """Raises UserError unless tensors of this type can be read: floats, or quantised ones that `gguf` undoes."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    if kind in {dtype.name for dtype in _FLOATS.values()}:
+        return
+    try:
+        known = GGMLQuantizationType[kind]
+        with np.errstate(all="ignore"):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[known][1]), np.uint8), known)
+    except (NotImplementedError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: tensors are {kind}, which gguf cannot undo") from error
+
+
 def _read(path: Path, begin: int, tensor: TensorEntry, rows: slice) -> np.ndarray:
     from gguf import dequantize, quant_shape_to_byte_shape
 
-    if tensor.num_bytes == 0:
-        return np.empty(tensor.shape, np.float32)
-    mapped = np.memmap(path, np.uint8, "r", begin + tensor.offset, (tensor.num_bytes,)).view(np.ndarray)
+    offset = begin + tensor.offset
     if (dtype := _FLOATS.get(tensor.kind.name)) is not None:
-        return mapped.view(dtype).reshape(tensor.shape)[rows]
+        return read_rows_of(path, offset, tensor.shape, dtype, rows)
+    if tensor.num_bytes == 0:
+        return np.empty(tensor.shape, np.float32)[rows]
     try:
-        blocks = mapped.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))[rows]
+        shape = tuple(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+        blocks = read_rows_of(path, offset, shape, np.dtype(np.uint8), rows)
         # Scales of damaged blocks may be anything; what they lead to is the caller's to judge.
         with np.errstate(all="ignore"):
             return dequantize(blocks, tensor.kind).reshape(blocks.shape[:-1] + tensor.shape[-1:])

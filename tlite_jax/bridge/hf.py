@@ -29,8 +29,8 @@ from tlite_jax.bridge.assemble import (
 from tlite_jax.bridge.checksums import SUMS_NAME, sha256_of, sums_text
 from tlite_jax.bridge.files import contained, new_directory, parse_json, read_json
 from tlite_jax.bridge.hf_config import hf_config, model_config_from_hf
-from tlite_jax.bridge.safetensors_io import StoredTensor
 from tlite_jax.bridge.source import ParamsSource
+from tlite_jax.bridge.stored import StoredTensor
 from tlite_jax.bridge.tokenizer import GENERATION, TOKEN_IDS, TOKENIZER, check_vocabulary, read_files, read_tokenizer
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError, require
@@ -40,15 +40,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
-def import_hf(source: Path, report: Report = no_report) -> Imported:
-    """Reads a Llama model from a Hugging Face directory, or from one weights file beside its config.json.
+def import_hf(source: Path) -> Imported:
+    """Opens a Llama model in a Hugging Face directory, or in one weights file beside its config.json.
+
+    Weights are read when a part of a parameter is asked for, and no more of them than that part.
 
     Weights keep the dtype they are stored in; a parameter whose layers differ in dtype is widened to float32. Either
     way an export in the remembered dtypes is byte for byte the same.
 
     Args:
       source: a directory, or a .safetensors or .bin file in one.
-      report: called with (bytes read, bytes in all).
 
     Raises:
       UserError: another architecture; missing, extra or misshapen tensors; files that are damaged or lead elsewhere.
@@ -65,7 +66,7 @@ def import_hf(source: Path, report: Report = no_report) -> Imported:
     for name in wanted:
         if stored[name].dtype not in WEIGHT_DTYPES:
             raise UserError(f"{source}: {name} is {stored[name].dtype}; weights are {', '.join(WEIGHT_DTYPES)}")
-    params = stack(wanted, stored, lambda slot, tensor: tensor.read(), report)
+    params = stack(wanted, stored)
     main = main_dtype((stored[name].dtype, stored[name].shape) for name in wanted)
     others = {name: stored[name].dtype for name in wanted if stored[name].dtype != main}
     notes = [f"left out {name}: {reason}" for name, reason in _grouped(harmless).items()]

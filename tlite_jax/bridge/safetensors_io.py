@@ -1,4 +1,4 @@
-"""Safetensors files: read tensor by tensor from memory maps, written tensor by tensor; headers are never trusted.
+"""Safetensors files: read and written a few rows of a tensor at a time; headers are never trusted.
 
 The header is checked here before anything is read or allocated (the library accepts repeated names and takes seconds
 over huge headers). Format: https://github.com/huggingface/safetensors#format
@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from tlite_jax.bridge.ahead import in_order, row_slices
 from tlite_jax.bridge.checksums import HashedFile
 from tlite_jax.bridge.files import contained, listed, parse_json, read_json, shown
+from tlite_jax.bridge.stored import StoredTensor, read_rows_of
 from tlite_jax.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,22 +42,6 @@ DTYPES = {
 MAX_DIMS = 8
 MAX_TENSORS = 100_000  # Llama-3-405B has 1,138
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-ALL_ROWS = slice(None)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in some file, not read yet."""
-
-    shape: tuple[int, ...]
-    dtype: str  # numpy's or ml_dtypes' name, or the format's own (a quantisation)
-    read_rows: Callable[[slice], np.ndarray]
-
-    def read(self, rows: slice = ALL_ROWS) -> np.ndarray:
-        """Returns rows of it, all by default; a scalar has none and is read whole."""
-        return self.read_rows(rows)
 
 
 class Span(NamedTuple):
@@ -102,7 +86,11 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     for problem in layout_problems(spans, size - data_begin):
         raise UserError(f"{path}: {problem.text}")
     return {
-        name: StoredTensor(span.shape, span.dtype.name, partial(_read, path, data_begin + span.begin, span))
+        name: StoredTensor(
+            span.shape,
+            span.dtype.name,
+            partial(read_rows_of, path, data_begin + span.begin, span.shape, span.dtype),
+        )
         for name, span in spans.items()
     }
 
@@ -274,15 +262,6 @@ def layout_problems(spans: Mapping[str, Span], data_bytes: int) -> Iterator[Prob
     if position < data_bytes:
         left = data_bytes - position
         yield Problem(f"{left} bytes after the last tensor belong to none", position, left)
-
-
-def _read(path: Path, offset: int, span: Span, rows: slice) -> np.ndarray:
-    """Maps rows of a tensor; pages are read as they are touched and may be dropped again."""
-    if math.prod(span.shape) == 0:
-        return np.empty(span.shape, span.dtype)
-    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(span.end - span.begin,))
-    array = mapped.view(np.ndarray).view(span.dtype).reshape(span.shape)
-    return array[rows] if span.shape else array
 
 
 def _report_all(report: Callable[[int, int], None], before: int, total: int, written: int) -> None:

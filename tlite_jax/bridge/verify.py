@@ -17,7 +17,8 @@ from tlite_jax.bridge.checksums import SUFFIX, SUMS_NAME, read_sums, sha256_of, 
 from tlite_jax.bridge.files import contained, read_json, shown
 from tlite_jax.bridge.gguf import ROPE_FACTORS, model_config_from_gguf
 from tlite_jax.bridge.hf_config import model_config_from_hf
-from tlite_jax.bridge.safetensors_io import INDEX_NAME, SINGLE_NAME, Problem, StoredTensor
+from tlite_jax.bridge.safetensors_io import INDEX_NAME, SINGLE_NAME, Problem
+from tlite_jax.bridge.stored import StoredTensor
 from tlite_jax.bridge.tokenizer import CARRIED, TOKENIZER, check_vocabulary, read_tokenizer, tokenizer_from_gguf
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError
