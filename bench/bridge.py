@@ -1,14 +1,17 @@
 """The bridge at real sizes: HF -> checkpoint -> HF and GGUF, against a plain copy of as many bytes.
 
-    python bench/bridge.py --size 1b
+    python bench/bridge.py --size 8b --scratch DIRECTORY
 
 Makes a Llama of random bfloat16 weights, imports it, exports it to Hugging Face and to Q4_K_M, each in a process of its
-own with the source dropped from the page cache, and compares the bytes that came back. Before each, as many bytes are
-read and written by a plain copy that ends with fdatasync. Needs free disk of about five times the model.
+own with what it reads dropped from the page cache, reads the shards that came back and compares their hashes. Before
+and after each step a plain copy reads the same files and writes as many bytes, in files of a shard's size, each ended by
+fdatasync. Quantising is also timed alone, in memory, on all cores: GGUF cannot be written faster. Each directory is
+deleted when the next steps do not need it; the room for two models and two shards is asked for first.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,13 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from launch.quickstart_parts.base_model import tiny_tokenizer
-from tlite_jax.bridge.checksums import SUMS_NAME, read_sums
+from tlite_jax.bridge.ahead import in_order
+from tlite_jax.bridge.checksums import sha256_of
+from tlite_jax.bridge.gguf_quantize import encode
 from tlite_jax.bridge.hf_config import hf_config
 from tlite_jax.bridge.names import slots
 from tlite_jax.bridge.safetensors_io import OutgoingTensor, write_directory
@@ -35,6 +40,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 VOCAB_SIZES = {"tiny": 4096, "1b": 128256, "8b": 128256}
 SHARD_BYTES = 5 * 10**9
+# bytes written for each byte read, known before the step has run
+EXPECTED_SHARE = {"HF -> checkpoint": 1.0, "checkpoint -> HF": 1.0, "checkpoint -> Q4_K_M": 0.306}
 _BLOCK = 8 << 20
 
 
@@ -45,13 +52,13 @@ class Row(NamedTuple):
     read_bytes: int
     written_bytes: int
     seconds: float
-    copy_seconds: float
+    copy_seconds: tuple[float, float]  # before and after
     peak_bytes: int
 
     @property
     def ratio(self) -> float:
         """Of a plain copy's speed."""
-        return self.copy_seconds / self.seconds
+        return sum(self.copy_seconds) / 2 / self.seconds
 
 
 def model_config(size: str) -> ModelConfig:
@@ -96,43 +103,69 @@ def _texts() -> list[str]:
 
 
 def measure(step: str, source: Path, target: Path, code: str, scratch: Path) -> Row:
-    """Runs `code` in a process of its own; the copy of as many bytes comes first."""
-    source_files = _files(source)
-    read_bytes = sum(file.stat().st_size for file in source_files)
-    _drop(source_files)
+    """Runs `code` in a process of its own, between two copies of as many bytes."""
+    files = _files(source)
+    read_bytes = sum(file.stat().st_size for file in files)
+    before = plain_copy(files, int(EXPECTED_SHARE[step] * read_bytes), scratch / "copy")
+    _drop(files)
     seconds, peak = _run(code)
-    os.sync()
     written = sum(file.stat().st_size for file in _files(target))
-    _drop(source_files)
-    return Row(step, read_bytes, written, seconds, plain_copy(source_files, written, scratch), peak)
+    after = plain_copy(files, written, scratch / "copy")
+    return Row(step, read_bytes, written, seconds, (before, after), peak)
 
 
 def _run(code: str) -> tuple[float, int]:
     """Returns seconds, and the most memory that the process held."""
     started = time.monotonic()
-    pid = os.posix_spawn(sys.executable, [sys.executable, "-c", code], {**os.environ, "JAX_PLATFORMS": "cpu"})
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-c", f"from pathlib import Path; {code}"],
+        {**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise SystemExit(f"failed: {code}")
     return time.monotonic() - started, usage.ru_maxrss * 1024
 
 
-def plain_copy(sources: Iterable[Path], written: int, scratch: Path) -> float:
-    """Seconds to read the files and to write `written` bytes, to the disk."""
-    started, left = time.monotonic(), written
-    target, block = scratch / "copy", b""
-    with target.open("wb", buffering=0) as output:
-        for source in sources:
-            with source.open("rb", buffering=0) as file:
-                while block := file.read(_BLOCK) or b"":
-                    left -= output.write(block[: max(left, 0)])
-        filler = os.urandom(_BLOCK)
-        while left > 0:
-            left -= output.write(filler[:left])
-        os.fdatasync(output.fileno())
+def plain_copy(sources: Iterable[Path], written: int, target: Path) -> float:
+    """Seconds to read the files, cold, and to write `written` bytes to the disk; they are deleted as they get there."""
+    sources = list(sources)
+    _drop(sources)
+    started, left, room = time.monotonic(), written, SHARD_BYTES
+    filler = os.urandom(_BLOCK)
+    output = target.open("wb", buffering=0)
+
+    def put(block: bytes) -> None:
+        nonlocal output, left, room
+        if room <= 0:
+            os.fdatasync(output.fileno())
+            output.close()
+            output, room = target.open("wb", buffering=0), SHARD_BYTES
+        count = output.write(block[: max(left, 0)])
+        left, room = left - count, room - count
+
+    for source in sources:
+        with source.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK):
+                put(block)
+    while left > 0:
+        put(filler)
+    os.fdatasync(output.fileno())
+    output.close()
     seconds = time.monotonic() - started
     target.unlink()
     return seconds
+
+
+def quantised_per_second(kind: str = "Q4_K", num_slices: int = 16) -> float:
+    """Bytes of bfloat16 weights quantised in a second, on all cores, from memory to memory."""
+    random = np.random.default_rng(0).standard_normal((1 << 10, 1 << 12), np.float32)
+    slices = [random.astype(ml_dtypes.bfloat16)] * num_slices
+    started = time.monotonic()
+    for _ in in_order(lambda rows: encode(rows, kind, "random"), slices):
+        pass
+    return sum(rows.nbytes for rows in slices) / (time.monotonic() - started)
 
 
 def _files(path: Path) -> list[Path]:
@@ -148,38 +181,32 @@ def _drop(files: Iterable[Path]) -> None:
 
 
 def run(size: str, scratch: Path) -> list[Row]:
-    """All steps, in order; raises SystemExit when bytes did not come back."""
+    """All steps, in order; raises SystemExit when there is no room, or bytes did not come back."""
     model = model_config(size)
+    _require_room(model, scratch)
     source, checkpoint, back, gguf = (scratch / name for name in ("source", "run", "back", "gguf"))
     sums = make_source(source, model)
-    rows = [
-        measure(
-            "HF -> checkpoint",
-            source,
-            checkpoint,
-            f"from launch.import_ import import_model; import pathlib; "
-            f"import_model({str(source)!r}, pathlib.Path({str(checkpoint)!r}))",
-            scratch,
-        ),
-        measure(
-            "checkpoint -> HF",
-            checkpoint,
-            back,
-            f"from launch.export import export_model; from pathlib import Path; "
-            f"export_model(Path({str(checkpoint)!r}), Path({str(back)!r}))",
-            scratch,
-        ),
-    ]
-    returned = read_sums(back / SUMS_NAME)
-    if differing := [name for name, digest in sums.items() if returned.get(name) != digest]:
+    code = f"from launch.import_ import import_model; import_model({str(source)!r}, Path({str(checkpoint)!r}))"
+    rows = [measure("HF -> checkpoint", source, checkpoint, code, scratch)]
+    shutil.rmtree(source)
+    code = f"from launch.export import export_model; export_model(Path({str(checkpoint)!r}), Path({str(back)!r}))"
+    rows.append(measure("checkpoint -> HF", checkpoint, back, code, scratch))
+    _drop(_files(back))
+    if differing := [name for name, digest in sums.items() if sha256_of(back / name) != digest]:
         raise SystemExit(f"these did not come back byte for byte: {', '.join(differing)}")
+    shutil.rmtree(back)
     code = (
-        f"from launch.export import export_gguf_files; from pathlib import Path; "
-        f"from tlite_jax.bridge.gguf_metadata import ReleaseFacts; "
+        "from launch.export import export_gguf_files; from tlite_jax.bridge.gguf_metadata import ReleaseFacts; "
         f"export_gguf_files(Path({str(checkpoint)!r}), Path({str(gguf)!r}), ['Q4_K_M'], ReleaseFacts('made'))"
     )
     rows.append(measure("checkpoint -> Q4_K_M", checkpoint, gguf, code, scratch))
     return rows
+
+
+def _require_room(model: ModelConfig, scratch: Path) -> None:
+    needed = 2 * sum(2 * math.prod(slot.shape) for slot in slots(model)) + 2 * SHARD_BYTES
+    if (free := shutil.disk_usage(scratch).free) < needed:
+        raise SystemExit(f"{scratch}: {free / 1e9:.0f} GB free, {needed / 1e9:.0f} needed; give another --scratch")
 
 
 def main() -> None:
@@ -194,20 +221,25 @@ def main() -> None:
         rows = run(arguments.size, scratch)
     finally:
         shutil.rmtree(scratch)
+    quantised = quantised_per_second()
     if arguments.json:
-        print(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1))
+        steps = [{**row._asdict(), "ratio": row.ratio} for row in rows]
+        print(json.dumps({"steps": steps, "quantised_bytes_per_second": quantised}, indent=1))
         return
-    print(f"{'step':22}{'read GB':>9}{'written':>9}{'s':>8}{'MB/s':>8}{'of a copy':>11}{'peak GB':>9}")
+    print(f"{'step':22}{'read GB':>9}{'written':>9}{'s':>8}{'MB/s':>8}{'copies s':>16}{'of a copy':>11}{'peak GB':>9}")
     for row in rows:
         print(_line(row))
+    alone = rows[-1].read_bytes / quantised
+    print(f"Q4_K alone, in memory, on all cores: {quantised / 1e6:.0f} MB/s of bfloat16, {alone:.1f} s for this model")
     print("every shard came back byte for byte")
 
 
 def _line(row: Row) -> str:
-    moved: Any = row.read_bytes + row.written_bytes
+    moved = row.read_bytes + row.written_bytes
+    copies = " and ".join(f"{seconds:.1f}" for seconds in row.copy_seconds)
     return (
         f"{row.step:22}{row.read_bytes / 1e9:9.2f}{row.written_bytes / 1e9:9.2f}{row.seconds:8.1f}"
-        f"{moved / 1e6 / row.seconds:8.0f}{row.ratio:10.2f}x{row.peak_bytes / 1e9:9.2f}"
+        f"{moved / 1e6 / row.seconds:8.0f}{copies:>16}{row.ratio:10.2f}x{row.peak_bytes / 1e9:9.2f}"
     )
 
 

@@ -1,16 +1,19 @@
 """Checkpoints: whole or absent, exact on any mesh, kept as asked, refused when they are not ours."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
 
 from tests import tiny
 from tlite_jax import checkpoint as checkpoints
+from tlite_jax import checkpoint_slices
 from tlite_jax.checkpoint import (
     Checkpoint,
     Meta,
@@ -232,3 +235,59 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> Non
         saver.save(state, meta(1))
         jax.block_until_ready(overwrite(state))
     assert_equal(load_params(find(tmp_path)), random_tree(0))
+
+
+class Recorded:
+    """An array that lies elsewhere: says which slices of it were asked for."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.shape, self.dtype, self.size = array.shape, array.dtype, array.size
+        self.asked: list[int] = []
+
+    def __getitem__(self, index) -> np.ndarray:
+        part = self._array[index]
+        self.asked.append(part.nbytes)
+        return part
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_a_model_is_written_chunk_by_chunk_and_restored_as_orbaxs_own(
+    dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_slices, "CHUNK_BYTES", 1000)  # no rows of the tiny model divide by it
+    tree = jax.tree.map(lambda x: x.astype(dtype), random_tree(5))
+    lazy = jax.tree.map(Recorded, tree)
+    said: list[tuple[int, int]] = []
+    options = {"weights_dtype": np.dtype(dtype).name, "origin": "there"}
+    save_model(tmp_path / "m", lazy, MODEL, **options, report=lambda done, total: said.append((done, total)))
+    for leaf in jax.tree.leaves(lazy):
+        row_bytes = leaf.size // np.prod(leaf.shape[:-1], dtype=int) * leaf.dtype.itemsize
+        assert sum(leaf.asked) == leaf.size * leaf.dtype.itemsize  # each byte once
+        assert max(leaf.asked) <= 1000 + row_bytes
+    assert said[-1][0] == said[-1][1] == sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    found = find(tmp_path / "m")
+    assert_equal(load_params(found), tree)
+    assert_equal(jax.tree.map(np.asarray, open_params(found)), tree)
+    for shards in (3, 8):
+        restored = restore_params(found, tiny.mesh(1, shards), np.dtype(dtype).name)
+        assert_equal(restored, pad_params(tree, SPECS, shards))
+    theirs = tmp_path / "orbax"
+    ocp.PyTreeCheckpointer().save(theirs, tree)
+    with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
+        assert_equal(checkpointer.restore(found.path / "params"), tree)  # no word from us about what is in it
+    ours, orbaxs = (json.loads((place / "_METADATA").read_text()) for place in (found.path / "params", theirs))
+    assert ours == orbaxs
+
+
+def test_a_model_whose_writing_ends_early_is_no_checkpoint(tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    options = {"weights_dtype": "float32", "origin": "there"}
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tmp_path / "m", random_tree(0), MODEL, **options, report=stop)
+    assert checkpoints.steps_on_disk(tmp_path / "m") == []
+    save_model(tmp_path / "m", random_tree(1), MODEL, **options)
+    assert [path.name for path in (tmp_path / "m" / "checkpoints").iterdir()] == ["0"]
+    assert_equal(load_params(find(tmp_path / "m")), random_tree(1))

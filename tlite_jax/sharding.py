@@ -111,13 +111,22 @@ def pad_params(params: Any, specs: Any, num_shards: int) -> Any:
 
 
 def place_params(params: Any, specs: Any, mesh: Mesh, dtype: str = "float32") -> Any:
-    """Host arrays of logical shapes, any float dtype -> stored, sharded parameters; each device is sent its shard."""
+    """Arrays of logical shapes, any float dtype -> stored, sharded parameters; each device is sent its shard.
+
+    Arrays that lie in a file (`bridge.stored.StoredParam`) are read by shards: a process reads those of its devices,
+    each once, however many replicas it holds.
+    """
 
     def place(spec: Spec, array: np.ndarray, stored: jax.ShapeDtypeStruct) -> jax.Array:
+        shards: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
         def shard(index: Any) -> np.ndarray:  # a tuple of slices
-            part = np.asarray(array[index]).astype(stored.dtype)
-            wanted = [len(range(*position.indices(size))) for position, size in zip(index, stored.shape, strict=True)]
-            return np.pad(part, [(0, want - have) for want, have in zip(wanted, part.shape, strict=True)])
+            place = tuple(position.indices(size) for position, size in zip(index, stored.shape, strict=True))
+            if place not in shards:
+                part = np.asarray(array[index]).astype(stored.dtype)
+                widths = [(0, len(range(*want)) - have) for want, have in zip(place, part.shape, strict=True)]
+                shards[place] = np.pad(part, widths)
+            return shards[place]
 
         return jax.make_array_from_callback(stored.shape, stored.sharding, shard)
 

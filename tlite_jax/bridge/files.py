@@ -156,7 +156,10 @@ def _temporary(destination: Path, *, is_directory: bool) -> Iterator[Path]:
                     opened, name = tempfile.mkstemp(prefix=prefix, dir=destination.parent)
                     os.close(opened)
                     temporary = Path(name)
-                descriptor = _lock(temporary)  # None: another process took it for abandoned in between
+                try:
+                    descriptor = _lock(temporary)  # None: another process took it for abandoned in between
+                except OSError:
+                    break  # no locks here, and so nobody removes what is locked
             yield temporary
         except OSError as error:
             raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
@@ -170,25 +173,34 @@ def _temporary(destination: Path, *, is_directory: bool) -> Iterator[Path]:
 def _remove_abandoned(directory: Path, prefix: str) -> None:
     """Removes what killed processes left: what nobody holds a lock on."""
     for left in directory.iterdir():
-        if left.name.startswith(prefix) and (descriptor := _lock(left)) is not None:
-            _remove(left)
-            os.close(descriptor)
+        if not left.name.startswith(prefix):
+            continue
+        with contextlib.suppress(OSError):  # no locks here: somebody may be at work on it
+            if (descriptor := _lock(left)) is not None:
+                _remove(left)
+                os.close(descriptor)
 
 
 def _lock(path: Path) -> int | None:
-    """Returns an open descriptor that keeps others off `path`; None where another has it or it is gone."""
+    """Returns an open descriptor that keeps others off `path`; None where another has it or it is gone.
+
+    Raises:
+      OSError: the file system has no locks.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
+    except FileNotFoundError:
         return None
+    locked = False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.lexists(path):
-            return descriptor
+        locked = os.path.lexists(path)
     except BlockingIOError:
         pass
-    os.close(descriptor)
-    return None
+    finally:
+        if not locked:
+            os.close(descriptor)
+    return descriptor if locked else None
 
 
 def _remove(path: Path) -> None:
