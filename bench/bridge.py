@@ -4,7 +4,7 @@
 
 Makes a Llama of random bfloat16 weights, imports it, exports it to Hugging Face and to Q4_K_M, each in a process of its
 own with what it reads dropped from the page cache, reads the shards that came back and compares their hashes. Before
-and after each step a plain copy reads the same files and writes as many bytes, in files of a shard's size, each ended by
+and after each step a plain copy reads the same files and writes as many bytes, in files of a shard's size, each with an
 fdatasync. Quantising is also timed alone, in memory, on all cores: GGUF cannot be written faster. Each directory is
 deleted when the next steps do not need it; the room for two models and two shards is asked for first.
 """
@@ -180,7 +180,7 @@ def _drop(files: Iterable[Path]) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(size: str, scratch: Path) -> list[Row]:
+def run(size: str, scratch: Path, *, with_gguf: bool = True) -> list[Row]:
     """All steps, in order; raises SystemExit when there is no room, or bytes did not come back."""
     model = model_config(size)
     _require_room(model, scratch)
@@ -195,6 +195,8 @@ def run(size: str, scratch: Path) -> list[Row]:
     if differing := [name for name, digest in sums.items() if sha256_of(back / name) != digest]:
         raise SystemExit(f"these did not come back byte for byte: {', '.join(differing)}")
     shutil.rmtree(back)
+    if not with_gguf:
+        return rows
     code = (
         "from launch.export import export_gguf_files; from tlite_jax.bridge.gguf_metadata import ReleaseFacts; "
         f"export_gguf_files(Path({str(checkpoint)!r}), Path({str(gguf)!r}), ['Q4_K_M'], ReleaseFacts('made'))"
@@ -214,14 +216,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="1b")
     parser.add_argument("--scratch", type=Path, help="directory with room; default: the system's temporary one")
+    parser.add_argument("--no-gguf", action="store_true", help="leave out Q4_K_M, which takes most of the time")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="bridge-", dir=arguments.scratch))
     try:
-        rows = run(arguments.size, scratch)
+        rows = run(arguments.size, scratch, with_gguf=not arguments.no_gguf)
     finally:
         shutil.rmtree(scratch)
-    quantised = quantised_per_second()
+    quantised = None if arguments.no_gguf else quantised_per_second()
     if arguments.json:
         steps = [{**row._asdict(), "ratio": row.ratio} for row in rows]
         print(json.dumps({"steps": steps, "quantised_bytes_per_second": quantised}, indent=1))
@@ -229,8 +232,11 @@ def main() -> None:
     print(f"{'step':22}{'read GB':>9}{'written':>9}{'s':>8}{'MB/s':>8}{'copies s':>16}{'of a copy':>11}{'peak GB':>9}")
     for row in rows:
         print(_line(row))
-    alone = rows[-1].read_bytes / quantised
-    print(f"Q4_K alone, in memory, on all cores: {quantised / 1e6:.0f} MB/s of bfloat16, {alone:.1f} s for this model")
+    if quantised is not None:
+        alone = rows[-1].read_bytes / quantised
+        print(
+            f"Q4_K alone, in memory, on all cores: {quantised / 1e6:.0f} MB/s of bfloat16, {alone:.1f} s for this model"
+        )
     print("every shard came back byte for byte")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from launch.export import export_gguf_files, export_model
 from launch.import_ import import_model
@@ -57,7 +58,8 @@ def test_a_killed_import_or_export_leaves_nothing_that_looks_whole(save_tiny: An
     export_model(tmp_path / "whole", tmp_path / "back")
     export_gguf_files(tmp_path / "whole", tmp_path / "gguf", ["F16"], ReleaseFacts("m"))
     assert [path for path in left if path.exists()] == []
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    back, sent = (load_file(directory / "model.safetensors") for directory in (tmp_path / "back", source))
+    assert all(torch.equal(back[name], tensor) for name, tensor in sent.items())
 
 
 @pytest.mark.parametrize("new", [new_directory, new_file])
@@ -66,8 +68,7 @@ def test_what_another_process_is_writing_is_left_alone(new: Any, tmp_path: Path)
         second = new(tmp_path / "x")
         second.__enter__()
         assert first.exists()
-        with pytest.raises(KeyboardInterrupt):
-            second.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        second.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
         assert [path.name for path in tmp_path.iterdir()] == [first.name]
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 

@@ -144,30 +144,34 @@ def new_file(destination: Path) -> Iterator[Path]:
 def _temporary(destination: Path, *, is_directory: bool) -> Iterator[Path]:
     """Makes `.NAME.partial-*` beside a destination, locked while this process lives, and removes it at the end."""
     prefix = f".{destination.name}.partial-"
-    temporary = descriptor = None
+    descriptor = None
     try:
-        try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(destination.parent, prefix)
-            while descriptor is None:
-                if is_directory:
-                    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-                else:
-                    opened, name = tempfile.mkstemp(prefix=prefix, dir=destination.parent)
-                    os.close(opened)
-                    temporary = Path(name)
-                try:
-                    descriptor = _lock(temporary)  # None: another process took it for abandoned in between
-                except OSError:
-                    break  # no locks here, and so nobody removes what is locked
-            yield temporary
-        except OSError as error:
-            raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(destination.parent, prefix)
+        while descriptor is None:
+            temporary = _made(destination.parent, prefix, is_directory)
+            try:
+                descriptor = _lock(temporary)  # None: another process took it for abandoned in between
+            except OSError:
+                break  # no locks here, and so nobody removes what is locked
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
+    try:
+        yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
     finally:
-        if temporary is not None:
-            _remove(temporary)
+        _remove(temporary)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _made(directory: Path, prefix: str, is_directory: bool) -> Path:
+    if is_directory:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
+    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=directory)
+    os.close(descriptor)
+    return Path(name)
 
 
 def _remove_abandoned(directory: Path, prefix: str) -> None:
