@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "eval_",
     "generate": "generate",
     "export": "export",
+    "gate": "gate",
     "report": "report",
     "verify": "verify",
 }
