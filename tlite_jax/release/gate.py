@@ -1,6 +1,6 @@
 """The gate: every check of a release, one after the other, none of which ends the others.
 
-Memory holds one model at a time, twice while a file is read: once as numpy arrays, once on the devices.
+Memory holds one model at a time, in the dtype that is computed in; files are read slice by slice.
 """
 
 import tempfile
