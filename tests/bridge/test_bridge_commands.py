@@ -1,10 +1,13 @@
 """`import` and `export`: a model goes through a checkpoint unchanged; what cannot be done is said and harms nothing."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 import typer
@@ -17,10 +20,13 @@ import launch.export
 import launch.import_
 from launch.export import export_model
 from launch.import_ import import_model
+from tests import tiny as trained
 from tests.bridge.gguf_writing import Kind, write_gguf
 from tests.bridge.tiny import TEXTS, tiny_model, train_tokenizer
 from tlite_jax import checkpoint
+from tlite_jax.config import CheckpointConfig, ModelConfig
 from tlite_jax.errors import UserError
+from tlite_jax.train.state import abstract_state
 
 SaveTiny = Callable[..., tuple[Path, LlamaForCausalLM]]
 
@@ -137,3 +143,26 @@ def test_commands_are_light_until_they_run() -> None:
     code = f"import sys, launch.import_, launch.export; print(sorted({heavy} & {{*sys.modules}}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_an_export_does_not_read_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "trained"
+    mesh = trained.mesh(1, 8)
+    model = ModelConfig(**trained.MODEL)
+    state = jax.tree.map(
+        lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype, device=leaf.sharding), abstract_state(model, mesh)
+    )
+    with checkpoint.saver(run_dir, CheckpointConfig(keep_latest=1)) as saver:
+        saver.save(state, checkpoint.Meta(step=4, model=model, weights_dtype="bfloat16", origin="a test"))
+    trained.write_tokenizer(run_dir / "tokenizer")
+    found = checkpoint.find(run_dir)
+    assert found.has_optimizer
+    for file in (found.path / "optimizer").rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+    run(launch.export.main, run_dir, tmp_path / "hf")
+    run(launch.export.main, run_dir, tmp_path / "gguf", "--format", "gguf", "--type", "F16")
+    embedding = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
+    assert embedding.unique().tolist() == [0.5]
+    with pytest.raises(ValueError, match="Expecting value"):
+        checkpoint.restore_optimizer(found, mesh)

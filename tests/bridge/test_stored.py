@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from tokenizers import pre_tokenizers
 
 from tests import tiny
+from tests.bridge.gguf_writing import Kind, write_gguf
+from tests.bridge.tiny import tiny_model, train_tokenizer
 from tlite_jax.bridge import safetensors_io, stored
+from tlite_jax.bridge.gguf import import_gguf
 from tlite_jax.bridge.hf import import_hf
 from tlite_jax.bridge.names import rows_from_gguf
 from tlite_jax.bridge.stored import StoredParam, StoredTensor, in_whole_units
@@ -114,10 +118,22 @@ def test_each_shard_of_a_mesh_reads_its_own_rows(
     rows = imported.params["embedding"]
     share = -(-rows.shape[0] // num_shards(mesh)) * rows.shape[1] * rows.dtype.itemsize
     assert max(num_bytes for _, _, num_bytes in reads) <= share
-    in_memory = jax.tree.map(np.asarray, imported.params)
-    expected = pad_params(in_memory, specs, num_shards(mesh))
+    check_placed(placed, imported.params, specs, num_shards(mesh))
 
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0])
+def test_shards_are_read_from_a_gguf_file_and_put_in_our_order(kind: Kind, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    write_gguf(tmp_path / "x.gguf", tiny_model("tied_gqa"), kind, tokenizer)
+    imported = import_gguf(tmp_path / "x.gguf")
+    specs = param_specs(imported.model)
+    for shards in (3, 8):  # neither cuts the 48 rows of the keys between heads of 24
+        placed = place_params(imported.params, specs, tiny.mesh(1, shards), "float32")
+        check_placed(placed, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), imported.params), specs, shards)
+
+
+def check_placed(placed: Any, params: Any, specs: Any, shards: int) -> None:
     def compare(ours: jax.Array, theirs: jax.Array) -> None:
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), strict=True)
 
-    jax.tree.map(compare, placed, expected)
+    jax.tree.map(compare, placed, pad_params(jax.tree.map(np.asarray, params), specs, shards))
