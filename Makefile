@@ -4,7 +4,7 @@ CUDA ?= 12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm test-gpu lint format types clean test-fuzz
+.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm test-gpu lint format types clean test-fuzz test-faults audit
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
@@ -21,6 +21,13 @@ test-smollm2: $(VENV)/.installed-eval   ## the tests that need the real weights 
 
 test-fuzz: $(VENV)/.installed-test      ## 20,000 spoiled model files
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.bridge.fuzzing --count 20000
+
+test-faults: $(VENV)/.installed-test     ## every fault of docs/reliability.md in its full form (TLITE_FAULTS=0.1: a tenth)
+	$(BIN)/python -m tests.faults
+
+audit: $(VENV)/.installed-test          ## known vulnerabilities of what is installed, where a service can be reached
+	$(PIP) pip-audit
+	$(BIN)/python -m tests.faults.audit
 
 # llama-cpp-python is built from source (4 minutes on 2 cores), once: pip keeps the wheel in its cache.
 test-llama-cpp: $(VENV)/.installed-test ## our GGUF files against llama.cpp itself

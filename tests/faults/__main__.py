@@ -1,0 +1,64 @@
+"""Every fault in its full form, one after the other, and a table at the end: `make test-faults`.
+
+TLITE_FAULTS=0.1 runs a tenth of the repetitions; words name faults: `python -m tests.faults kills flips`.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=0", "--durations-min=1000")
+
+
+class Fault(NamedTuple):
+    """What goes wrong, how often in the full form, and the arguments of the Python that tries it; {} is how often."""
+
+    name: str
+    what: str
+    runs: int
+    arguments: tuple[str, ...]
+
+
+FAULTS = (
+    Fault("kills", "SIGKILL while training or saving", 300, ("-m", "tests.faults.kills", "--count", "{}")),
+    Fault("flips", "a flipped bit", 1000, ("-m", "tests.faults.flips", "--flips", "{}", "--cuts", "0")),
+    Fault("cuts", "a truncated file", 200, ("-m", "tests.faults.flips", "--flips", "0", "--cuts", "{}")),
+    Fault("ranks", "SIGTERM to one of four processes", 50, ("-m", "tests.faults.ranks", "--count", "{}")),
+    Fault("models", "a spoiled model file", 20_000, ("-m", "tests.bridge.fuzzing", "--count", "{}")),
+    Fault("prepare", "SIGKILL while preparing", 300, (*PYTEST, "tests/data/test_workers.py")),
+    Fault("hostile", "hostile files, code in data", 1, (*PYTEST, "tests/bridge/test_hostile.py", "tests/faults")),
+    Fault("changes", "a changed config, mixture, mesh or tokenizer", 1, (*PYTEST, "tests/train/test_run.py")),
+    Fault("processes", "two processes, one told to stop or in error", 1, (*PYTEST, "tests/train/test_processes.py")),
+)
+
+
+def run(fault: Fault, scale: float) -> tuple[int, bool, float]:
+    """How often it was tried, whether all was well, and the seconds it took."""
+    runs = max(1, round(fault.runs * scale))
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ, "TLITE_KILLS": str(runs)}
+    log = f"kills-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    words = [word.format(runs) for word in fault.arguments] + (["--log", log] if fault.name == "kills" else [])
+    print(f"\n{fault.name}: {fault.what}, {runs} times", flush=True)
+    began = time.monotonic()
+    passed = subprocess.run([sys.executable, *words], env=environment).returncode == 0
+    return runs, passed, time.monotonic() - began
+
+
+def main(names: list[str]) -> None:
+    """Runs the named faults, or all, and prints the table; ends with 1 when one has failed."""
+    unknown = set(names) - {fault.name for fault in FAULTS}
+    if unknown:
+        raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in FAULTS)}")
+    scale = float(os.environ.get("TLITE_FAULTS", "1"))
+    chosen = [fault for fault in FAULTS if not names or fault.name in names]
+    found = [(fault, *run(fault, scale)) for fault in chosen]
+    print(f"\n{'fault':<46}{'runs':>7}  {'result':<8}{'seconds':>8}")
+    for fault, runs, passed, seconds in found:
+        print(f"{fault.what:<46}{runs:>7}  {'passed' if passed else 'FAILED':<8}{seconds:>8.0f}")
+    raise SystemExit(not all(passed for _, _, passed, _ in found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
