@@ -38,7 +38,8 @@ def run(fault: Fault, scale: float) -> tuple[int, bool, float]:
     """How often it was tried, whether all was well, and the seconds it took."""
     runs = max(1, round(fault.runs * scale))
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, "TLITE_KILLS": str(runs)}
-    log = f"kills-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    os.makedirs("runs", exist_ok=True)
+    log = f"runs/kills-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     words = [word.format(runs) for word in fault.arguments] + (["--log", log] if fault.name == "kills" else [])
     print(f"\n{fault.name}: {fault.what}, {runs} times", flush=True)
     began = time.monotonic()
