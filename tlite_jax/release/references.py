@@ -36,7 +36,9 @@ def transformers_logits(directory: Path, tokens: np.ndarray, dtype: str) -> Iter
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+    ).eval()
     for row in tokens:
         with torch.no_grad():
             yield model(torch.from_numpy(row[None].astype(np.int64))).logits[0].float().numpy()

@@ -33,7 +33,7 @@ def encoders(tokenizer_dir: Path, exports: Exports, llama_cpp: Any) -> dict[str,
         from transformers import AutoTokenizer
 
         _tokenizer_file(read_files(exports.hf), str(exports.hf))
-        theirs = AutoTokenizer.from_pretrained(exports.hf, local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(exports.hf, local_files_only=True, trust_remote_code=False)
         result["transformers"] = lambda text: list(theirs(text)["input_ids"])
     for file in exports.ggufs.values():
         metadata, _ = gguf_file.read(file)
