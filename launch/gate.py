@@ -100,7 +100,7 @@ def run_gate(
     from tlite_jax.release.base import find_base
     from tlite_jax.release.files import find_exports
     from tlite_jax.release.gate import Gate
-    from tlite_jax.release.result import save
+    from tlite_jax.release.result import FILE_NAME, save
     from tlite_jax.sharding import make_mesh
 
     found = find(checkpoint, step)
@@ -114,6 +114,7 @@ def run_gate(
         _refuse_leftovers(out, types)
         released, first = _exports(found, out, types, name)
     out.mkdir(parents=True, exist_ok=True)
+    (out / FILE_NAME).unlink(missing_ok=True)  # what it says is of other files
     gate = Gate(
         found,
         released,

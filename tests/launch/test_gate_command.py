@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -16,10 +17,16 @@ from transformers import PreTrainedTokenizerFast
 from launch import __main__ as launch_main
 from launch.export import export_gguf_files
 from launch.import_ import import_model
+from launch.language_model import load_tokenizer
 from tests.bridge.tiny import tiny_model, train_tokenizer
 from tlite_jax.bridge.gguf_metadata import ReleaseFacts
 from tlite_jax.checkpoint import find, load_params, save_model
+from tlite_jax.config import MeshConfig
+from tlite_jax.release.files import find_exports
+from tlite_jax.release.gate import Gate, Options
 from tlite_jax.release.result import ReleaseResult, load
+from tlite_jax.release.sample import own_text
+from tlite_jax.sharding import make_mesh
 
 ALL = (
     "exports",
@@ -177,3 +184,44 @@ def test_bad_usage_is_refused_and_makes_nothing(
     assert gate(run, "--out", place / "out") == 2
     assert "hf exists; check it with --exports" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
+
+
+def test_an_interrupted_gate_leaves_no_old_verdict(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Gate) -> ReleaseResult:
+        raise KeyboardInterrupt
+
+    shutil.copy(place / "out" / "release.json", tmp_path)
+    monkeypatch.setattr(Gate, "run", interrupted)
+    assert gate(place / "run", "--out", tmp_path, "--exports", place / "out") == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_that_are_not_finite_fail_the_table(place: Path, tmp_path: Path) -> None:
+    """A file whose scales are damaged; and what a killed gate left is cleared."""
+    damaged = tmp_path / "gguf" / "tiny.Q8_0.gguf"
+    damaged.parent.mkdir()
+    shutil.copy(place / "out" / "gguf" / "tiny.Q8_0.gguf", damaged)
+    content = bytearray(damaged.read_bytes())
+    content[-34:-32] = b"\x00\x7e"  # the last block of Q8_0: two bytes of scale, now NaN, and 32 of values
+    damaged.write_bytes(content)
+    (tmp_path / ".gate.old").mkdir()
+    found = find(place / "run")
+    options = Options("float32", own_text(), "own", 1, frozenset())
+    checks = Gate(
+        found,
+        find_exports([damaged]),
+        None,
+        tmp_path,
+        make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]),
+        load_tokenizer,
+        options,
+    )
+    chosen = {name: part for name, part in checks.parts().items() if name in ("files intact", "quantizations")}
+    checks.parts = lambda: chosen  # type: ignore[method-assign]
+    result = checks.run()
+    assert statuses(result) == {"files intact": "failed", "quantizations": "failed"}
+    assert "predictions" in " ".join(result.checks[1].details)
+    assert result.quantizations is None
+    assert [path.name for path in tmp_path.iterdir()] == ["gguf"]

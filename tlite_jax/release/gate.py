@@ -3,6 +3,7 @@
 Memory holds one model at a time, in the dtype that is computed in; files are read slice by slice.
 """
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ F16_LEAST_SAME_TOP = 0.98
 LOGITS_TOKENS = 128
 CONTEXT = 512
 _MOST_DETAILS = 20
+_SCRATCH = ".gate."
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class Gate:
 
     def run(self) -> ReleaseResult:
         """Runs all checks; never raises for what is wrong with the release."""
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix="gate.") as scratch:
+        for leftover in self.directory.glob(f"{_SCRATCH}*"):  # of a gate that was killed
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=_SCRATCH) as scratch:
             self._scratch = Path(scratch)
             for name, (bound, check) in self.parts().items():
                 self._check(name, bound, check)
@@ -304,9 +308,15 @@ class Gate:
             base = self._passes.write(read_gguf(f16, self._model, self.mesh, self.options.dtype), self._scratch / "f16")
         rows: list[Quantization] = []
         measured: dict[str, np.ndarray] = {}
+        broken = []
         for kind, file in self.exports.ggufs.items():
             measured = self._passes.compare(read_gguf(file, self._model, self.mesh, self.options.dtype), base)
+            if not np.isfinite(measured["kl"]).all():
+                broken.append(f"{file.name}: its predictions, or those of the base, are not finite")
+                continue
             rows.append(table.row(kind, file.name, file.stat().st_size, bits_per_weight(file), measured))
+        if not rows:
+            return judged(broken, "nothing that could be compared")
         perplexity = float(np.exp(-measured["base_logp"].mean()))
         self.table = QuantizationTable(
             base="checkpoint" if f16 is None else "F16",
@@ -318,7 +328,7 @@ class Gate:
             sample=self.options.text_name,
             rows=tuple(rows),
         )
-        wrong = [*table.too_far(rows), *table.inversions(rows)]
+        wrong = [*broken, *table.too_far(rows), *table.inversions(rows)]
         return judged(wrong, f"{len(rows)} files, {self.table.num_tokens} tokens, base {self.table.base}")
 
     def _generation(self) -> Outcome:

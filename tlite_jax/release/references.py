@@ -22,10 +22,10 @@ _ROUNDINGS_PER_LAYER = 16
 
 
 def find(name: str) -> ModuleType | None:
-    """The module, or None where it is not installed."""
+    """The module, or None where it is not installed, or cannot be loaded."""
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # a library whose own libraries are missing
         return None
 
 
@@ -100,17 +100,6 @@ def llama_cpp_compare(llama_cpp: Any, file: Path, windows: Windows, base: np.nda
         logits = np.asarray(model.scores[windows.first : windows.last], np.float32)
         found.append(compare(logits, base[row], windows.targets[row]))
     return {name: np.concatenate([part[name] for part in found]).astype(np.float64) for name in found[0]}
-
-
-def llama_cpp_write(llama_cpp: Any, file: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    """Token ids that llama.cpp continues a prompt with, greedily."""
-    model = llama_cpp.Llama(str(file), n_ctx=len(prompt) + num_tokens, verbose=False)
-    ids: list[int] = []
-    for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        ids.append(int(token))
-        if len(ids) == num_tokens or token == model.token_eos():
-            break
-    return ids
 
 
 def quiet(llama_cpp: Any) -> None:

@@ -150,7 +150,7 @@ def save(result: ReleaseResult, directory: Path) -> Path:
     path = directory / FILE_NAME
     scratch = path.with_name(f"{FILE_NAME}.partial")
     with scratch.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(result.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n")
+        file.write(json.dumps(result.model_dump(mode="json"), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
