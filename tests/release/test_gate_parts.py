@@ -37,7 +37,8 @@ def test_a_rows_numbers_are_llama_cpps() -> None:
 
 
 def test_files_beyond_their_types_limit_are_named() -> None:
-    rows = [row("F16", 16, 1e-5, 0), row("Q8_0", 8.5, 0.5), row("Q4_0", 4.5, float("nan"))]
+    rows = [row("F16", 16, 1e-5, 0), row("Q8_0", 8.5, 0.03), row("Q4_0", 4.5, float("nan"))]
+    assert [line.split(":")[0] for line in table.too_far(rows, 0.02)] == ["x.Q4_0.gguf"]
     assert [line.split(":")[0] for line in table.too_far(rows)] == ["x.Q8_0.gguf", "x.Q4_0.gguf"]
 
 
@@ -85,16 +86,17 @@ def test_bfloat16_is_judged_by_transformers_own_rounding() -> None:
     random = np.random.default_rng(0)
     truth, noise, other = (random.normal(size=(3, 40, 50)).astype(np.float32) for _ in range(3))
     found = {"float32": (truth, truth), "bfloat16": (truth + 0.1 * noise, truth + 0.1 * other)}
-    values, wrong = references.judge_logits(found, 2)
+    values, wrong = references.judge_logits(found)
     assert len(values) == 2
     assert not wrong
-    _, wrong = references.judge_logits({**found, "bfloat16": (truth + 0.2 * noise, truth + 0.1 * other)}, 2)
+    _, wrong = references.judge_logits({**found, "bfloat16": (truth + 0.2 * noise, truth + 0.1 * other)})
     assert len(wrong) == 1
-    _, wrong = references.judge_logits({"float32": (truth + 1e-4, truth)}, 2)
+    _, wrong = references.judge_logits({"float32": (truth + 1e-4, truth)})
     assert len(wrong) == 1
-    _, wrong = references.judge_logits({"bfloat16": (truth + np.nan, truth)}, 2)
+    _, wrong = references.judge_logits({"bfloat16": (truth + np.nan, truth)})
     assert len(wrong) == 1
-    assert references.bfloat16_bound(30) < 0.07
+    noisy = {"bfloat16": (truth + 0.05 * noise, truth)}
+    assert not references.judge_logits(noisy)[1]
 
 
 def test_loops_from_the_start_are_no_text() -> None:

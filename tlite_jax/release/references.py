@@ -1,7 +1,6 @@
 """Other projects' programs over the released files: Transformers over the HF export, llama.cpp over a GGUF file."""
 
 import importlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +16,8 @@ _KEPT: list[Any] = []  # a callback that C code still calls
 
 FLOAT32_BOUND = 5e-6
 MOST_TIMES_WORSE = 1.5
-_BF16_ROUNDOFF = 2.0**-9
-_ROUNDINGS_PER_LAYER = 16
+# RMS, relative. Measured: 0.015 for SmolLM2-135M, 0.03 for random weights whose attention is sharp.
+BFLOAT16_BOUND = 0.1
 
 
 def find(name: str) -> ModuleType | None:
@@ -44,16 +43,15 @@ def transformers_logits(directory: Path, tokens: np.ndarray, dtype: str) -> Iter
             yield model(torch.from_numpy(row[None].astype(np.int64))).logits[0].float().numpy()
 
 
-def judge_logits(found: Mapping[str, tuple[np.ndarray, np.ndarray]], num_layers: int) -> tuple[list[str], list[str]]:
+def judge_logits(found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[list[str], list[str]]:
     """Compares our logits with Transformers'.
 
     float32: the largest difference, relative to the largest logit. bfloat16: how much a model's rounding is amplified
     depends on its weights, so where float32 is there, ours may be MOST_TIMES_WORSE times as far from it as
-    Transformers' bfloat16 is; where it is not, both may differ by `bfloat16_bound`.
+    Transformers' bfloat16 is; where it is not, both may differ by BFLOAT16_BOUND.
 
     Args:
       found: dtype -> (ours, Transformers'), each [texts, T, V] float32.
-      num_layers: of the model.
 
     Returns:
       What was found, a part for each dtype; and which of that is beyond its bound.
@@ -71,19 +69,10 @@ def judge_logits(found: Mapping[str, tuple[np.ndarray, np.ndarray]], num_layers:
             fine = distance <= MOST_TIMES_WORSE * usual
         else:
             relative = _rms(ours - theirs) / _rms(theirs)
-            value, fine = f"bfloat16 {relative:.2e}, {same}", relative <= bfloat16_bound(num_layers)
+            value, fine = f"bfloat16 {relative:.2e}, {same}", relative <= BFLOAT16_BOUND
         values.append(value)
         wrong += [] if fine else [f"beyond the bound: {value}"]
     return values, wrong
-
-
-def bfloat16_bound(num_layers: int) -> float:
-    """The RMS difference of two bfloat16 models' logits that rounding explains, relative to the RMS of the logits.
-
-    Each of some 16 results a layer that reach the residual stream is rounded with a relative error of at most 2^-9, in
-    both models, independently: errors add as squares. The head counts as a layer.
-    """
-    return _BF16_ROUNDOFF * math.sqrt(2 * _ROUNDINGS_PER_LAYER * (num_layers + 1))
 
 
 def _rms(values: np.ndarray) -> float:
