@@ -2,7 +2,8 @@
 
 import signal
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,10 +49,12 @@ def main(
 
     from launch.lost_peer import restart_when_alone
     from launch.mesh_fit import check_world
+    from launch.peers import job_board
     from launch.profile import Profile
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
     from tlite_jax.telemetry.goodput import process_age
+    from tlite_jax.telemetry.watchdog import Watchdog
     from tlite_jax.train.run import open_run
 
     loaded = load_config(config, overrides or ())
@@ -60,9 +63,11 @@ def main(
     check_evaluation(loaded)
     if loaded.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
-    with restart_when_alone():
+    number = jax.process_index()
+    stacks = loaded.output / "watchdog" / f"rank-{number}.log"
+    with closing(Watchdog(loaded.watchdog, stacks, number, job_board()).start()) as watchdog, restart_when_alone():
         run = open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change)
-        result = train_run(run, init_seconds=process_age(), profile=profile)
+        result = train_run(run, init_seconds=process_age(), profile=profile, entered=watchdog.enter)
     ignore_signals()
     if result.stopped is not None:
         raise typer.Exit(EXIT_FAILED)
@@ -70,13 +75,19 @@ def main(
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
 
 
-def train_run(run: "Run", init_seconds: float = 0.0, profile: "Profile | None" = None) -> "Result":
+def train_run(
+    run: "Run",
+    init_seconds: float = 0.0,
+    profile: "Profile | None" = None,
+    entered: Callable[[str], object] = lambda section: None,
+) -> "Result":
     """Trains a run on all devices there are, with the console and the evaluation that its config asks for.
 
     Args:
       run: from `open_run`.
       init_seconds: that starting has taken so far, for the account of the run's time.
       profile: of some of its steps.
+      entered: called with each section of `telemetry.goodput` that begins.
     """
     import jax
 
@@ -94,11 +105,12 @@ def train_run(run: "Run", init_seconds: float = 0.0, profile: "Profile | None" =
             print(f"going on from step {run.start_step} of {run.directory}")
         console = ConsoleSink(run.total_steps, run.start_step)
     began = time.monotonic()
+    entered("evaluation" if run.config.evaluation.every else "other")
     evaluate = make_evaluation(run, mesh) if run.config.evaluation.every else None
     spent = {"init": init_seconds, "evaluation": time.monotonic() - began}
     with profile or nullcontext():
         around = partial(profile.around, start_step=run.start_step) if profile is not None else None
-        result = train(run, mesh, console=console, evaluate=evaluate, spent=spent, around_step=around)
+        result = train(run, mesh, console=console, evaluate=evaluate, spent=spent, around_step=around, entered=entered)
     if jax.process_index() == 0:
         _plot(run, evaluate)
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")

@@ -39,6 +39,9 @@ from tlite_jax.config.run import (
     TelemetryConfig,
     TrainConfig,
 )
+from tlite_jax.config.watchdog import (
+    WatchdogConfig,
+)
 
 __all__ = [
     "BalanceConfig",
@@ -67,5 +70,6 @@ __all__ = [
     "SourceConfig",
     "TelemetryConfig",
     "TrainConfig",
+    "WatchdogConfig",
     "digest",
 ]

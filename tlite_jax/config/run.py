@@ -23,6 +23,7 @@ from tlite_jax.config.base import (
 from tlite_jax.config.evaluation import EvaluationConfig
 from tlite_jax.config.mixture import DeclaredBucket, MixtureConfig
 from tlite_jax.config.prepare import PrepareConfig
+from tlite_jax.config.watchdog import WatchdogConfig
 
 
 class Llama3RopeScaling(Section):
@@ -220,6 +221,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _model_is_known(self) -> Self:

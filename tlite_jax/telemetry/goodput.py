@@ -33,6 +33,7 @@ class Stopwatch:
       step: completed steps that this start begins with.
       environment: facts about this start, JSON-like (versions, devices, mesh).
       spent: seconds per section that passed before this object could be made.
+      entered: called with the name of each section that begins, and with "other" when it ends.
       clock, calendar: seconds, monotonic, and since 1970.
     """
 
@@ -43,9 +44,11 @@ class Stopwatch:
         environment: Mapping[str, Any],
         *,
         spent: Mapping[str, float] | None = None,
+        entered: Callable[[str], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
         calendar: Callable[[], float] = time.time,
     ):
+        self._entered = entered or (lambda section: None)
         self._clock, self._calendar = clock, calendar
         self._spent = dict.fromkeys(SECTIONS, 0.0) | dict(spent or {})
         self._began = clock() - sum(self._spent.values())
@@ -63,9 +66,11 @@ class Stopwatch:
     def section(self, name: str) -> Iterator[None]:
         """Counts what happens inside as `name`, one of SECTIONS; sections do not nest."""
         began = self._clock()
+        self._entered(name)
         try:
             yield
         finally:
+            self._entered("other")
             self.add(name, self._clock() - began)
 
     def add(self, name: str, seconds: float) -> None:

@@ -70,6 +70,7 @@ def train(
     evaluate: Evaluation | None = None,
     spent: Mapping[str, float] | None = None,
     around_step: Callable[[Step], Step] | None = None,
+    entered: Callable[[str], object] | None = None,
 ) -> Result:
     """Trains until `run.total_steps` or a SIGINT or SIGTERM, which saves and stops.
 
@@ -81,6 +82,7 @@ def train(
         calls the best so far is saved and kept; when it says to stop, the run saves and stops.
       spent: section of `telemetry.goodput` -> seconds that this start has taken before this call.
       around_step: what to call in place of the step, for those who look on.
+      entered: called with each section of `telemetry.goodput` that begins, and with "other" when it ends.
 
     Raises:
       UserError: a batch that does not divide over the mesh; damaged data.
@@ -111,7 +113,7 @@ def train(
     kept = evaluate.kept if evaluate is not None else lambda steps: ()
     # Signals are ours until the last checkpoint is whole.
     with (
-        _stopwatch(run, mesh, spent or {}) as watch,
+        _stopwatch(run, mesh, spent or {}, entered) as watch,
         _signals() as stop,
         saver(run.directory, config.checkpoint, kept) as checkpoints,
         _writer(run, console) as writer,
@@ -187,7 +189,9 @@ def _loop(
 
 
 @contextmanager
-def _stopwatch(run: Run, mesh: Mesh, spent: Mapping[str, float]) -> Iterator[Stopwatch]:
+def _stopwatch(
+    run: Run, mesh: Mesh, spent: Mapping[str, float], entered: Callable[[str], object] | None
+) -> Iterator[Stopwatch]:
     """Of this start; on process 0 it writes, but not when the run was done before."""
     writes = jax.process_index() == 0 and run.start_step < run.total_steps
     path = run.directory / FILE if writes else None
@@ -198,7 +202,7 @@ def _stopwatch(run: Run, mesh: Mesh, spent: Mapping[str, float]) -> Iterator[Sto
         "mesh": dict(mesh.shape),
         "execution": run.config.execution_hash(),
     }
-    with Stopwatch(path, run.start_step, {**environment(), **facts}, spent=spent) as watch:
+    with Stopwatch(path, run.start_step, {**environment(), **facts}, spent=spent, entered=entered) as watch:
         yield watch
 
 

@@ -36,8 +36,8 @@ echo "$(date -Is) job $SLURM_JOB_ID, start $((restarts + 1)), on $SLURM_JOB_NODE
 case $status in
     75) why="made room, its state is saved" ;;
     76) why="the watchdog ended it, or a process lost another" ;;
-    # 128 + the signal that ended a process: ABRT, BUS, KILL, USR1, SEGV, TERM.
-    134 | 135 | 137 | 138 | 139 | 143) why="a process was killed or crashed" ;;
+    # 128 + the signal that ended a process: ABRT, BUS, KILL, USR1, SEGV, ALRM, TERM.
+    134 | 135 | 137 | 138 | 139 | 142 | 143) why="a process was killed or crashed" ;;
     *)
         echo "$status" > "$finished"
         exit "$status"

@@ -1,0 +1,31 @@
+"""How the processes of a job leave word for each other, besides what they compute together."""
+
+from typing import Any
+
+_ALARM = "tlite/alarm"
+
+
+class JobBoard:
+    """The key-value store of the job's coordinator; no device takes part."""
+
+    def __init__(self, client: Any):
+        self._client = client
+
+    def alarm(self) -> str | None:
+        """What has been raised; None when nothing has."""
+        found = self._client.key_value_dir_get(f"{_ALARM}/")
+        return str(found[0][1]) if found else None
+
+    def raise_alarm(self, text: str) -> None:
+        """Tells all processes; the first alarm stays."""
+        self._client.key_value_set(f"{_ALARM}/text", text)
+
+
+def job_board() -> JobBoard | None:
+    """The board of this job; None for a process that is alone.
+
+    jax has no public name for its store; Orbax takes it from the same place.
+    """
+    from jax._src.distributed import global_state
+
+    return JobBoard(global_state.client) if global_state.client is not None else None
