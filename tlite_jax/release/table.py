@@ -11,8 +11,8 @@ import numpy as np
 
 from tlite_jax.release.result import Quantization, QuantizationTable
 
-# Most KL(base || file), nats a token, that a file of each type may have. They tell a damaged file from a sound one, with
-# room for small models, which suffer more from few bits than large ones do.
+# Most KL(base || file), nats a token, that a file of each type may have. They tell a damaged file from a sound one,
+# with room for small models, which suffer more from few bits than large ones do.
 MOST_KL = {
     "F32": 1e-3, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K_M": 0.15, "Q5_K_S": 0.15, "Q5_1": 0.15,
     "Q5_0": 0.2, "Q4_K_M": 0.5, "Q4_K_S": 0.5, "Q4_1": 0.6, "Q4_0": 0.8, "Q3_K_L": 1.0, "Q3_K_M": 1.5, "Q3_K_S": 2.5,
