@@ -30,6 +30,9 @@ COMMANDS = {
     "gate": "gate",
     "report": "report",
     "verify": "verify",
+    "recipe": "recipe",
+    "card": "card",
+    "push": "push",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -116,9 +116,17 @@ ARROWS = {
         "tlite_jax.evaluate",
         "tlite_jax.generate",
         "tlite_jax.model",
+        "tlite_jax.report.read",
         "tlite_jax.sharding",
         "tlite_jax.telemetry",
         "tlite_jax.verification",
+    ],
+    # It compares files, and leaves the work to commands.
+    "tlite_jax.recipe": [
+        "tlite_jax.config",
+        "tlite_jax.config_files",
+        "tlite_jax.errors",
+        "tlite_jax.report.read",
     ],
     "tlite_jax.train.run": ["tlite_jax"],
     "tlite_jax.train.rewind": ["tlite_jax"],

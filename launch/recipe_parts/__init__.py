@@ -1,0 +1,1 @@
+"""What `recipe` is made of: running a command, showing the graph."""
