@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
 
 def main(
-    path: Annotated[Path, typer.Argument(help="Buckets, a Hugging Face directory, a GGUF file or several.")],
+    path: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, buckets, an HF directory, GGUF files.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Read every byte of PATH and compare it with the checksums that were written with it.
@@ -119,8 +119,34 @@ def _verify_gguf(path: Path, progress: "Progress | None") -> "Verification":
     return verify_gguf(path, progress)
 
 
+def _is_checkpoint(path: Path) -> bool:
+    from tlite_jax.checkpoint_verify import is_checkpoint
+
+    return is_checkpoint(path)
+
+
+def _verify_checkpoint(path: Path, progress: "Progress | None") -> "Verification":
+    from tlite_jax.checkpoint_verify import verify_checkpoint
+
+    return verify_checkpoint(path, progress)
+
+
+def _is_run(path: Path) -> bool:
+    from tlite_jax.checkpoint_verify import is_run
+
+    return is_run(path)
+
+
+def _verify_run(path: Path, progress: "Progress | None") -> "Verification":
+    from tlite_jax.checkpoint_verify import verify_run
+
+    return verify_run(path, progress)
+
+
 # The first that matches is taken: those with the surer marks come first.
 KINDS = [
+    Kind("a checkpoint", _is_checkpoint, _verify_checkpoint),
+    Kind("a run", _is_run, _verify_run),
     Kind("buckets", _is_buckets, _verify_buckets),
     Kind("an HF directory", _is_hf_directory, _verify_hf),
     Kind("a GGUF file", _is_gguf, _verify_gguf),

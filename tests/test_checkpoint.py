@@ -24,6 +24,7 @@ from tlite_jax.checkpoint import (
     restore_params,
     save_model,
 )
+from tlite_jax.checkpoint_saver import saver
 from tlite_jax.config import CheckpointConfig, ModelConfig
 from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
@@ -54,9 +55,9 @@ def meta(step: int, **changes) -> Meta:
 
 
 def save(run: Path, *steps: int, mesh: Mesh | None = None, **config) -> None:
-    with checkpoints.saver(run, CheckpointConfig(**{"keep_latest": 99, **config})) as saver:
+    with saver(run, CheckpointConfig(**{"keep_latest": 99, **config})) as saving:
         for step in steps:
-            saver.save(random_state(mesh or tiny.mesh(1, 1)), meta(step))
+            saving.save(random_state(mesh or tiny.mesh(1, 1)), meta(step))
 
 
 def assert_equal(tree, expected) -> None:
@@ -156,8 +157,8 @@ def test_what_is_not_there_is_said_with_the_mend(saved: Path, tmp_path: Path) ->
 def test_meta_says_what_the_arrays_mean(tmp_path: Path) -> None:
     segments = (Segment(0, "aa"), Segment(96, "bb"))
     full = meta(4, rows_consumed=120, segments=segments, schedule_offset=9, config={"seed": 1, "x": [None, 1e-5]})
-    with checkpoints.saver(tmp_path, CheckpointConfig()) as saver:
-        saver.save(random_state(tiny.mesh(1, 1)), full)
+    with saver(tmp_path, CheckpointConfig()) as saving:
+        saving.save(random_state(tiny.mesh(1, 1)), full)
     assert find(tmp_path).meta == full
 
 
@@ -173,8 +174,8 @@ def test_other_formats_and_damage_are_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     found = find(tmp_path)
     values = json.loads((found.path / "meta" / "metadata").read_text())
-    edit_meta(found, json.dumps({**values, "format_version": 2}))
-    assert refusal(tmp_path).endswith("checkpoint format 2, this version reads 1")
+    edit_meta(found, json.dumps({**values, "format_version": 3}))
+    assert refusal(tmp_path).endswith("checkpoint format 3, this version reads 1 and 2")
     edit_meta(found, json.dumps({**values, "rows_consumd": 1}))
     assert "rows_consumd: unknown key; did you mean 'rows_consumed'?" in refusal(tmp_path)
     for text in ('{"format_version": 1', "[]", None):
@@ -194,9 +195,9 @@ def test_what_is_unfinished_is_never_listed(tmp_path: Path) -> None:
 def test_a_save_shows_only_when_it_is_whole(tmp_path: Path) -> None:
     """Whenever the directory is looked at, what it lists restores."""
     seen = set()
-    with checkpoints.saver(tmp_path, CheckpointConfig(keep_latest=99)) as saver:
+    with saver(tmp_path, CheckpointConfig(keep_latest=99)) as saving:
         for step in range(1, 4):
-            saver.save(random_state(tiny.mesh(1, 1)), meta(step))
+            saving.save(random_state(tiny.mesh(1, 1)), meta(step))
             for listed in checkpoints.steps_on_disk(tmp_path):
                 assert find(tmp_path, listed).meta.step == listed
                 load_params(find(tmp_path, listed))
@@ -231,8 +232,8 @@ def test_retention_keeps_the_latest_and_every_so_many(
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
     state = random_state(tiny.mesh(1, 8))
-    with checkpoints.saver(tmp_path, CheckpointConfig()) as saver:
-        saver.save(state, meta(1))
+    with saver(tmp_path, CheckpointConfig()) as saving:
+        saving.save(state, meta(1))
         jax.block_until_ready(overwrite(state))
     assert_equal(load_params(find(tmp_path)), random_tree(0))
 

@@ -94,7 +94,22 @@ ARROWS = {
     ],
     "tlite_jax.checkpoint_slices": ["tlite_jax.errors", "tlite_jax.model"],
     # It names the order of the data by its segments, and reads no data.
+    "tlite_jax.checkpoint_seal": ["tlite_jax.config", "tlite_jax.verification"],
+    "tlite_jax.checkpoint_saver": [
+        "tlite_jax.checkpoint",
+        "tlite_jax.checkpoint_seal",
+        "tlite_jax.checkpoint_slices",
+        "tlite_jax.config",
+        "tlite_jax.train.state",
+    ],
+    "tlite_jax.checkpoint_verify": [
+        "tlite_jax.checkpoint",
+        "tlite_jax.checkpoint_seal",
+        "tlite_jax.errors",
+        "tlite_jax.verification",
+    ],
     "tlite_jax.checkpoint": [
+        "tlite_jax.checkpoint_seal",
         "tlite_jax.checkpoint_slices",
         "tlite_jax.best",
         "tlite_jax.config",

@@ -1,15 +1,15 @@
 """Checkpoints: what a run is at a step, on disk, whole or absent.
 
 A run directory holds `checkpoints/STEP/`, each an Orbax checkpoint of three items: `params` (stored, padded shapes),
-`optimizer` (absent where there is none, as in an imported model) and `meta` (JSON: what the arrays mean). Orbax
-writes under a temporary name and renames, so a STEP directory is complete. Steps are read from the directory, never
-from a cache.
+`optimizer` (absent where there is none, as in an imported model) and `meta` (JSON: what the arrays mean). It is written
+under another name, sealed (`checkpoint_seal`) and renamed, so a STEP directory is complete, on the disk and verifiable.
+Steps are read from the directory, never from a cache.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from pydantic import Field
 
 from tlite_jax.best import best_step_on_disk
-from tlite_jax.checkpoint_slices import open_arrays, save_args, write_arrays
-from tlite_jax.config import CheckpointConfig, ModelConfig, Section
+from tlite_jax.checkpoint_seal import seal, sync
+from tlite_jax.checkpoint_slices import open_arrays, write_arrays
+from tlite_jax.config import ModelConfig, Section
 from tlite_jax.config.base import NonNegative
 from tlite_jax.config_files import parse
 from tlite_jax.data.segments import Segment
@@ -30,16 +31,16 @@ from tlite_jax.errors import UserError
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.optimizer import AdamState
 from tlite_jax.sharding import abstract_params, map_specs
-from tlite_jax.train.state import TrainState, abstract_state
+from tlite_jax.train.state import abstract_state
 
-FORMAT_VERSION = 1
-_DELETING, _PARTIAL = ".deleting", ".partial"
+FORMAT_VERSION = 2  # 1: saved without a manifest
+PARTIAL = ".partial"
 
 
 class Meta(Section):
     """What the arrays of a checkpoint mean."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     step: NonNegative
     rows_consumed: NonNegative = 0
     segments: tuple[Segment, ...] = ()
@@ -78,10 +79,10 @@ def steps_on_disk(run: Path) -> list[int]:
     directory = run / "checkpoints"
     if not directory.is_dir():
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if _is_step(entry.name) and entry.is_dir())
+    return sorted(int(entry.name) for entry in directory.iterdir() if is_step(entry.name) and entry.is_dir())
 
 
-def _is_step(name: str) -> bool:
+def is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
@@ -100,7 +101,7 @@ def find(path: Path, step: int | str | None = None) -> Checkpoint:
     step = behind if step is None else step
     if isinstance(step, str):
         step = parse_step(step)
-    if path.parent.name == "checkpoints" and _is_step(path.name):
+    if path.parent.name == "checkpoints" and is_step(path.name):
         run, step = path.parent.parent, int(path.name)
     else:
         run = path
@@ -127,7 +128,7 @@ def parse_step(text: str) -> int | Literal["best"]:
     """
     if text == "best":
         return "best"
-    if not _is_step(text):
+    if not is_step(text):
         raise UserError(f"step {text!r} is neither a number nor best")
     return int(text)
 
@@ -157,8 +158,8 @@ def _read_meta(directory: Path) -> Meta:
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} is not a checkpoint of ours: cannot read {file.name} of meta") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{directory}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    if version not in (1, FORMAT_VERSION):
+        raise UserError(f"{directory}: checkpoint format {version}, this version reads 1 and {FORMAT_VERSION}")
     return parse(Meta, values, origin=str(file))
 
 
@@ -240,7 +241,7 @@ def save_model(
     """
     meta = Meta(step=0, model=model, weights_dtype=weights_dtype, origin=origin, tensor_dtypes=tensor_dtypes or {})
     final = run.absolute() / "checkpoints" / "0"
-    partial = final.with_name(f"0{_PARTIAL}")
+    partial = final.with_name(f"0{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     # Orbax writes the tree, and an empty array for each leaf; its record of the tree holds no shapes.
     empty = jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params)
@@ -254,84 +255,11 @@ def save_model(
     for arrays in (*partial.glob("params/*ocdbt*"), partial / "params" / "d"):
         shutil.rmtree(arrays) if arrays.is_dir() else arrays.unlink()
     write_arrays(partial / "params", params, report)
+    publish(partial, final)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Seals a checkpoint that is written and gives it its name."""
+    seal(partial)
     partial.rename(final)
-
-
-class Saver:
-    """Saves a run's checkpoints in the background and keeps the ones that its config asks for.
-
-    Args:
-      run: directory.
-      config: how many to keep.
-      kept: which of the given steps are to be kept besides, asked for before any is deleted.
-    """
-
-    def __init__(self, run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]]):
-        self._run = run
-        self._config = config
-        self._kept = kept
-        if jax.process_index() == 0:
-            _delete_leftovers(run / "checkpoints")
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-
-    def save(self, state: TrainState, meta: Meta) -> None:
-        """Starts saving; returns when the state's arrays may be donated. Raises what the previous save failed with."""
-        self._checkpointer.wait_until_finished()
-        self._delete_old()
-        self._checkpointer.save(
-            (self._run / "checkpoints" / str(meta.step)).absolute(),
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(state.params, save_args=save_args(state.params)),
-                optimizer=ocp.args.PyTreeSave(state.optimizer._asdict()),
-                meta=ocp.args.JsonSave(meta.model_dump(mode="json")),
-            ),
-        )
-
-    def check(self) -> None:
-        """Raises what a background save failed with, if it did."""
-        self._checkpointer.check_for_errors()
-
-    def wait(self) -> None:
-        """Waits for the save under way. Raises what it failed with."""
-        self._checkpointer.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits for the save under way and deletes what need not be kept."""
-        self._checkpointer.wait_until_finished()
-        self._delete_old()
-        self._checkpointer.close()
-
-    def _delete_old(self) -> None:
-        if jax.process_index() != 0:
-            return
-        every, steps = self._config.keep_every, steps_on_disk(self._run)
-        kept = self._kept(steps)
-        for step in steps[: -self._config.keep_latest]:
-            if step not in kept and not (every and step % every == 0):
-                _delete(self._run / "checkpoints" / str(step))
-
-
-def _delete(directory: Path) -> None:
-    """Deletes a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
-    doomed = directory.with_name(f"{directory.name}{_DELETING}")
-    directory.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _delete_leftovers(directory: Path) -> None:
-    """Gives back the disk that half-saved and half-deleted checkpoints of a killed process hold."""
-    for pattern in (f"*{_DELETING}", f"*{_PARTIAL}", "*.orbax-checkpoint-tmp*"):
-        for leftover in directory.glob(pattern):
-            shutil.rmtree(leftover)
-
-
-@contextlib.contextmanager
-def saver(
-    run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]] = lambda steps: ()
-) -> Iterator[Saver]:
-    """A Saver that is closed, its last save finished, on the way out."""
-    result = Saver(run, config, kept)
-    try:
-        yield result
-    finally:
-        result.close()
+    sync(final.parent)

@@ -2,9 +2,10 @@
 
 import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,7 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from tlite_jax import optimizer
-from tlite_jax.checkpoint import Saver, saver
+from tlite_jax.checkpoint import Meta
+from tlite_jax.checkpoint_saver import Saver, saver
 from tlite_jax.data.loader import batches
 from tlite_jax.sharding import BATCH_SPEC
 from tlite_jax.telemetry.environment import environment
@@ -149,6 +151,7 @@ def _loop(
             with watch.section("checkpoint"):
                 checkpoints.save(state, run.meta(step))
             saved = step
+            log.write_failures(step, checkpoints.failures())
 
     def run_evaluation() -> None:
         nonlocal stopped
@@ -177,15 +180,28 @@ def _loop(
         with watch.section("step"):
             log.later(step, metrics)
         watch.reached(step - 1)  # the last one has only been started
-        checkpoints.check()
+        log.write_failures(step, checkpoints.failures())
         if step % config.checkpoint.every == 0 or step == run.total_steps:
             save()
         run_evaluation()
     save()
     with watch.section("checkpoint"):
-        checkpoints.wait()
+        _save_at_last(checkpoints, state, run.meta(step))
     watch.reached(step)
     return Result(step, state, stop.signal, log.first_step_seconds, stopped)
+
+
+def _save_at_last(checkpoints: Saver, state: TrainState, meta: Meta) -> None:
+    """Returns when the last checkpoint is on the disk. Raises OSError when it cannot be brought there."""
+    checkpoints.wait()
+    if checkpoints.failed_step == meta.step and jax.process_count() == 1:
+        checkpoints.save(state, meta)  # what failed has given its room back
+        checkpoints.wait()
+    failures = checkpoints.failures()
+    if checkpoints.failed_step == meta.step and failures:
+        raise OSError(failures[-1])
+    if jax.process_count() > 1:  # process 0 seals it
+        multihost_utils.sync_global_devices("last checkpoint saved")
 
 
 @contextmanager
@@ -230,6 +246,7 @@ class _Log:
         )
         self._tokens_per_step = config.train.batch_size * config.data.sequence_length
         self._began = time.monotonic()
+        self._num_failures = 0
         self.first_step_seconds: float | None = None
 
     def begin(self) -> None:
@@ -269,6 +286,14 @@ class _Log:
     def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
         """Writes at once."""
         self._writer.write_evaluation(step, evaluated)
+
+    def write_failures(self, step: int, failures: Sequence[str]) -> None:
+        """Tells people, and counts, what a save has come to."""
+        for failure in failures:
+            print(f"warning: {failure}; training goes on", file=sys.stderr, flush=True)
+        if failures:
+            self._num_failures += len(failures)
+            self.write(step, {"checkpoint_failures": float(self._num_failures)})
 
     def restart(self, step: int) -> None:
         """Leaves what happened since the last step out of the throughput."""

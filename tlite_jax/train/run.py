@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from tlite_jax import checkpoint as checkpoints
 from tlite_jax.checkpoint import Checkpoint, Meta
+from tlite_jax.checkpoint_verify import require_intact, set_damaged_aside
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore
@@ -146,7 +147,10 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     """
     if mesh is not None:
         check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
+    set_damaged_aside(config.output)
     config, base, resumed = resolve(config)
+    if base is not None:
+        require_intact(base)
     assert config.model is not None
     if mesh is not None:
         check_context(config.model, mesh.shape[CONTEXT], config.data.sequence_length)

@@ -1,0 +1,162 @@
+"""Saving a run's checkpoints while it trains: in the background, sealed, as many as asked for.
+
+A save that fails (a full disk) costs the run nothing but that checkpoint: what it wrote is deleted, its reason is told
+once, and the next save is a new try.
+"""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from tlite_jax.checkpoint import PARTIAL, Meta, publish, steps_on_disk
+from tlite_jax.checkpoint_seal import PINNED
+from tlite_jax.checkpoint_slices import save_args
+from tlite_jax.config import CheckpointConfig
+from tlite_jax.train.state import TrainState
+
+_DELETING = ".deleting"
+_ROOM = 1.02  # of a state's bytes: meta, directories and what a file system takes for itself
+
+
+class Saver:
+    """Saves a run's checkpoints in the background and keeps the ones that its config asks for.
+
+    Args:
+      run: directory.
+      config: how many to keep.
+      kept: which of the given steps are to be kept besides, asked for before any is deleted.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]]):
+        self._directory = run.absolute() / "checkpoints"
+        self._run, self._config, self._kept = run, config, kept
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._failures: list[str] = []
+        self.failed_step: int | None = None  # the last one that came to nothing
+        self._delete_leftovers()
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def save(self, state: TrainState, meta: Meta) -> None:
+        """Starts saving; returns when the state's arrays may be donated. What goes wrong is told by `failures`."""
+        self.wait()
+        self._delete_old()
+        if shortage := self._shortage(state):
+            self._note(meta.step, shortage)
+            return
+        try:
+            self._checkpointer.save(
+                self._partial(meta.step),
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(state.params, save_args=save_args(state.params)),
+                    optimizer=ocp.args.PyTreeSave(state.optimizer._asdict()),
+                    meta=ocp.args.JsonSave(meta.model_dump(mode="json")),
+                ),
+            )
+        except Exception as error:
+            self._give_up(meta.step, error)
+            return
+        self._thread = threading.Thread(target=self._finish, args=(meta.step,), name=str(meta.step))
+        self._thread.start()
+
+    def failures(self) -> list[str]:
+        """Why saves came to nothing, as far as it is known by now without waiting; each is told once."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        told, self._failures = self._failures, []
+        return told
+
+    def wait(self) -> None:
+        """Waits for the save under way."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        step, error = int(self._thread.name), self._error
+        self._thread = self._error = None
+        if error is not None:
+            self._give_up(step, error)
+
+    def close(self) -> None:
+        """Waits for the save under way and deletes what need not be kept."""
+        self.wait()
+        self._delete_old()
+        self._checkpointer.close()
+
+    def _finish(self, step: int) -> None:
+        """In a thread of its own: until a checkpoint is whole, sealed and named."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                publish(self._partial(step), self._directory / str(step))
+        except Exception as error:
+            self._error = error
+
+    def _partial(self, step: int) -> Path:
+        return self._directory / f"{step}{PARTIAL}"
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """Gives back the disk that a failed save holds."""
+        with contextlib.suppress(Exception):  # it may know of the same failure
+            self._checkpointer.close()
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._delete_leftovers()
+        reason = (str(error).strip().splitlines() or [""])[0]
+        self._note(step, f"{type(error).__name__}: {reason}")
+
+    def _note(self, step: int, reason: str) -> None:
+        self.failed_step = step
+        self._failures.append(f"checkpoint {step} was not saved: {reason}")
+
+    def _shortage(self, state: TrainState) -> str | None:
+        """Why there is no room for a state, on all processes alike."""
+        needed = int(_ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        self._directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._directory).free
+        if jax.process_count() > 1:
+            free = int(multihost_utils.broadcast_one_to_all(free >> 20)) << 20
+        if free >= needed:
+            return None
+        return f"it takes {needed / 1e9:,.3g} GB, and {self._directory} has {free / 1e9:,.3g} GB left"
+
+    def _delete_old(self) -> None:
+        if jax.process_index() != 0:
+            return
+        every, steps = self._config.keep_every, steps_on_disk(self._run)
+        kept = self._kept(steps)
+        for step in steps[: -self._config.keep_latest]:
+            directory = self._directory / str(step)
+            if step not in kept and not (every and step % every == 0) and not (directory / PINNED).exists():
+                _delete(directory)
+
+    def _delete_leftovers(self) -> None:
+        """Gives back the disk that half-saved and half-deleted checkpoints of a killed process hold."""
+        if jax.process_index() != 0:
+            return
+        for pattern in (f"*{_DELETING}", f"*{PARTIAL}", "*.orbax-checkpoint-tmp*"):
+            for leftover in self._directory.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _delete(directory: Path) -> None:
+    """Deletes a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
+    doomed = directory.with_name(f"{directory.name}{_DELETING}")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def saver(
+    run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]] = lambda steps: ()
+) -> Iterator[Saver]:
+    """A Saver that is closed, its last save finished, on the way out."""
+    result = Saver(run, config, kept)
+    try:
+        yield result
+    finally:
+        result.close()

@@ -1,0 +1,164 @@
+"""The seal of a checkpoint: sizes and hashes of all its files, on the disk before their manifest is, which comes last.
+
+STEP/manifest.json lists every other file. A file system may lose what was not fsynced, and a disk may change what it
+holds: Orbax promises nothing against either. XXH3-128 guards against accidents, at memory speed; against somebody who
+means harm it is no signature.
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from tlite_jax.config import digest
+from tlite_jax.verification import Damage
+
+MANIFEST = "manifest.json"
+PINNED = "PINNED"
+_PARTIAL = f".{MANIFEST}.partial"
+_ALGORITHM = "xxh3_128"
+_CHUNK = 4 << 20
+_THREADS = 8
+
+Entry = dict[str, Any]
+Report = Callable[[int], None]
+
+
+class UnsealedError(Exception):
+    """The manifest is missing or is not what was written; the message says which."""
+
+
+def seal(directory: Path) -> None:
+    """Makes a directory that this process alone has written durable and verifiable; its manifest is written last.
+
+    Args:
+      directory: all its files are complete. The name of the directory itself is the caller's to make durable.
+    """
+    write_manifest(directory, hash_files(directory, list_files(directory)))
+
+
+def list_files(directory: Path) -> dict[str, int]:
+    """Relative name -> bytes of every file below a directory but its manifest and its pin."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in (MANIFEST, _PARTIAL, PINNED):
+            found[name] = path.stat().st_size
+    return found
+
+
+def share(sizes: Mapping[str, int], number: int, count: int) -> list[str]:
+    """The files that process `number` of `count` reads: each gets about as many bytes, and all find the same split."""
+    loads, mine = [0] * count, []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        to = loads.index(min(loads))
+        loads[to] += sizes[name] + 1  # a file costs something, however small
+        if to == number:
+            mine.append(name)
+    return mine
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Puts files on the disk and hashes them, both at once; returns {name: {bytes, hash}}."""
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        synced = [pool.submit(sync, directory / name) for name in names]
+        hashed = list(pool.map(lambda name: _entry(directory / name), names))
+        for outcome in synced:
+            outcome.result()
+    return dict(zip(names, hashed, strict=True))
+
+
+def write_manifest(directory: Path, entries: Mapping[str, Entry]) -> None:
+    """Seals a directory whose files are on the disk: their names first, then the manifest."""
+    for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
+        sync(path)
+    partial = directory / _PARTIAL
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(_text({"algorithm": _ALGORITHM, "files": dict(sorted(entries.items()))}))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(directory / MANIFEST)
+    sync(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Entry]:
+    """The entries of a sealed directory, by name.
+
+    Raises:
+      UnsealedError: there is no manifest, or not the one that was written.
+    """
+    try:
+        text = (directory / MANIFEST).read_bytes().decode("utf-8")
+        values = json.loads(text)
+    except FileNotFoundError as error:
+        raise UnsealedError("missing") from error
+    except OSError as error:
+        raise UnsealedError(f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnsealedError("is not JSON") from error
+    # The text is compared too: some changed bytes are no other values.
+    if not isinstance(values, dict) or values.pop("digest", None) != digest(values) or text != _text(values):
+        raise UnsealedError("does not match its own digest")
+    if values.get("algorithm") != _ALGORITHM:
+        raise UnsealedError(f"hashes with {values.get('algorithm')}, this version with {_ALGORITHM}")
+    for name in values["files"]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UnsealedError(f"names a file elsewhere: {name!r}")
+    return values["files"]
+
+
+def check_files(directory: Path, entries: Mapping[str, Entry], report: Report = lambda size: None) -> list[Damage]:
+    """Reads files whole, several at once, and compares them with their entries; returns what differs, by name."""
+
+    def check(name: str) -> Damage | None:
+        wanted = entries[name]
+        try:
+            size = (directory / name).stat().st_size
+            if size != wanted["bytes"]:
+                first = min(size, wanted["bytes"])
+                problem = f"{size:,} bytes instead of {wanted['bytes']:,}"
+                return Damage(name, problem, first, abs(size - wanted["bytes"]))
+            if _entry(directory / name, report)["hash"] != wanted["hash"]:
+                return Damage(name, "its bytes are not those that were written", 0, size)
+        except FileNotFoundError:
+            return Damage(name, "missing")
+        except OSError as error:
+            return Damage(name, f"cannot be read: {error.strerror}")
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [damage for damage in pool.map(check, sorted(entries)) if damage is not None]
+
+
+def strangers(directory: Path, entries: Collection[str]) -> list[str]:
+    """Files there that the manifest does not know: none of them is read."""
+    return [name for name in list_files(directory) if name not in entries]
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: Path, report: Report = lambda size: None) -> Entry:
+    hasher, size, buffer = xxhash.xxh3_128(), 0, bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(view[:count])
+            size += count
+            report(count)
+    return {"bytes": size, "hash": hasher.hexdigest()}
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return json.dumps({**values, "digest": digest(dict(values))}, ensure_ascii=False, indent=1)

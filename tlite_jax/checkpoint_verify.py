@@ -1,0 +1,143 @@
+"""Is a checkpoint as it was written? Asked before a run goes on from one, and by `launch verify`."""
+
+import json
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tlite_jax.checkpoint import Checkpoint, is_step, steps_on_disk
+from tlite_jax.checkpoint_seal import MANIFEST, Entry, UnsealedError, check_files, read_manifest, share, strangers
+from tlite_jax.errors import UserError
+from tlite_jax.verification import Damage, Progress, Verification
+
+DAMAGED = ".damaged"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one step of a run, whole or not."""
+    return path.is_dir() and path.parent.name == "checkpoints" and is_step(path.name)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory holds checkpoints."""
+    return bool(steps_on_disk(path))
+
+
+def verify_checkpoint(path: Path, progress: Progress | None = None) -> Verification:
+    """Reads every file of one step and compares it with the step's manifest."""
+    return _verify("checkpoint", path, [path], progress)
+
+
+def verify_run(path: Path, progress: Progress | None = None) -> Verification:
+    """Reads every file of all steps of a run and compares it with its step's manifest."""
+    return _verify("run", path, [path / "checkpoints" / str(step) for step in steps_on_disk(path)], progress)
+
+
+def _verify(kind: str, path: Path, directories: Collection[Path], progress: Progress | None) -> Verification:
+    damages: list[Damage] = []
+    manifests: dict[Path, dict[str, Entry]] = {}
+    unchecked: list[str] = []
+    for directory in directories:
+        prefix = "" if directory == path else f"{directory.relative_to(path).as_posix()}/"
+        try:
+            manifests[directory] = read_manifest(directory)
+            unchecked += [prefix + name for name in strangers(directory, manifests[directory])]
+        except UnsealedError as error:
+            if _is_older(directory):
+                unchecked.append(f"{prefix or './'}* (saved by a version without manifests)")
+            else:
+                damages.append(Damage(prefix + MANIFEST, str(error)))
+    done, total = 0, sum(entry["bytes"] for entries in manifests.values() for entry in entries.values())
+
+    for directory, entries in manifests.items():
+        prefix = "" if directory == path else f"{directory.relative_to(path).as_posix()}/"
+
+        def report(size: int, prefix: str = prefix) -> None:
+            nonlocal done
+            done += size  # of several threads: for a bar
+            if progress is not None:
+                progress(prefix or "files", done, total)
+
+        damages += [
+            Damage(prefix + found.file, found.problem, found.offset, found.bytes)
+            for found in check_files(directory, entries, report)
+        ]
+    files = sum(map(len, manifests.values()))
+    checked = f"XXH3-128 of each file, in the {MANIFEST} of {len(manifests)} of {len(directories)} steps"
+    return Verification(kind, path, files, total, checked, tuple(damages), tuple(unchecked))
+
+
+def damages_of(directory: Path) -> list[Damage]:
+    """What is wrong with a step; all processes read a share of it, all find out together, each names its own part."""
+    try:
+        entries = read_manifest(directory)
+    except UnsealedError as error:
+        return [] if _is_older(directory) else [Damage(MANIFEST, str(error))]
+    sizes = {name: entry["bytes"] for name, entry in entries.items()}
+    mine = share(sizes, jax.process_index(), jax.process_count())
+    found = check_files(directory, {name: entries[name] for name in mine})
+    if jax.process_count() > 1:
+        counts = multihost_utils.process_allgather(np.int32(len(found)))
+        if not found and counts.any():
+            return [Damage("?", f"found by process {int(np.argmax(counts))}")]
+    return found
+
+
+def require_intact(checkpoint: Checkpoint) -> None:
+    """Raises UserError, with what is wrong and where, unless a checkpoint is as it was written."""
+    if found := damages_of(checkpoint.path):
+        raise UserError(
+            f"{checkpoint.path} is damaged: {found[0]}{_others(found)}; restore it from a copy, or name another step"
+        )
+
+
+def set_damaged_aside(run: Path) -> None:
+    """Renames steps newer than the newest intact one to STEP.damaged, each with a line that says why.
+
+    Raises:
+      UserError: there are steps, and none is intact; nothing is renamed then.
+    """
+    damaged: list[tuple[int, str]] = []
+    steps = steps_on_disk(run)
+    for step in reversed(steps):
+        found = damages_of(run / "checkpoints" / str(step))
+        if not found:
+            break
+        damaged.append((step, f"{found[0]}{_others(found)}"))
+    if not damaged:
+        return
+    if len(damaged) == len(steps):
+        raise UserError(
+            f"no checkpoint of {run} is intact; the newest, {damaged[0][0]}: {damaged[0][1]}; restore one from a copy, "
+            "or choose another output"
+        )
+    for step, why in damaged:
+        directory = run / "checkpoints" / str(step)
+        print(f"warning: {directory} is damaged and set aside: {why}", file=sys.stderr, flush=True)
+        if jax.process_index() == 0:
+            directory.rename(_free_name(directory))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+
+
+def _free_name(directory: Path) -> Path:
+    names = (directory.with_name(f"{directory.name}{DAMAGED}{number or ''}") for number in range(1000))
+    return next(name for name in names if not name.exists())
+
+
+def _others(found: list[Damage]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def _is_older(directory: Path) -> bool:
+    """Whether a step says that it was saved when there were no manifests."""
+    if (directory / MANIFEST).exists():
+        return False
+    try:
+        return json.loads((directory / "meta" / "metadata").read_bytes())["format_version"] == 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
