@@ -92,10 +92,12 @@ def export_model(
     from tlite_jax.bridge.hf import export_hf
     from tlite_jax.bridge.safetensors_io import parse_size
     from tlite_jax.checkpoint import find, open_params
+    from tlite_jax.checkpoint_verify import require_intact
 
     max_shard_bytes = parse_size(max_shard_size)
     refuse_occupied(dst)
     found = find(checkpoint, step)
+    require_intact(found, ("params", "meta"))
     params = open_params(found)
     weights_dtype = cast("WeightsDtype", dtype or found.meta.weights_dtype)
     with byte_progress(f"writing {dst}") as report:
@@ -149,6 +151,7 @@ def export_gguf_files(
     from tlite_jax.bridge.source import ParamsSource
     from tlite_jax.bridge.tokenizer import read_files
     from tlite_jax.checkpoint import find, open_params
+    from tlite_jax.checkpoint_verify import require_intact
     from tlite_jax.config import digest
 
     types = list(dict.fromkeys(types))
@@ -158,6 +161,7 @@ def export_gguf_files(
     if there := [str(file) for file in files if file.exists() or file.is_symlink()]:
         raise UserError(f"{', '.join(there)} exists; remove it or choose another directory")
     found = find(checkpoint, step)
+    require_intact(found, ("params", "meta"))
     facts = dataclasses.replace(
         facts,
         step=found.step,

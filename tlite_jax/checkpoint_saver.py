@@ -41,7 +41,7 @@ class Saver:
         self._failures: list[str] = []
         self.failed_step: int | None = None  # the last one that came to nothing
         self._delete_leftovers()
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = _checkpointer()
 
     def save(self, state: TrainState, meta: Meta) -> None:
         """Starts saving; returns when the state's arrays may be donated. What goes wrong is told by `failures`."""
@@ -104,7 +104,7 @@ class Saver:
         """Gives back the disk that a failed save holds."""
         with contextlib.suppress(Exception):  # it may know of the same failure
             self._checkpointer.close()
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = _checkpointer()
         self._delete_leftovers()
         reason = (str(error).strip().splitlines() or [""])[0]
         self._note(step, f"{type(error).__name__}: {reason}")
@@ -141,6 +141,12 @@ class Saver:
         for pattern in (f"*{_DELETING}", f"*{PARTIAL}", "*.orbax-checkpoint-tmp*"):
             for leftover in self._directory.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    # Not compressed: float32 weights and moments hardly shrink, and both saving and restoring wait for it.
+    arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer")}
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**arrays, meta=ocp.JsonCheckpointHandler()))
 
 
 def _delete(directory: Path) -> None:

@@ -71,13 +71,16 @@ def _verify(kind: str, path: Path, directories: Collection[Path], progress: Prog
     return Verification(kind, path, files, total, checked, tuple(damages), tuple(unchecked))
 
 
-def damages_of(directory: Path) -> list[Damage]:
-    """What is wrong with a step; all processes read a share of it, all find out together, each names its own part."""
+def damages_of(directory: Path, items: Collection[str] = ()) -> list[Damage]:
+    """What is wrong with a step, or with some of its items: params, optimizer, meta.
+
+    All processes read a share of it, all find out together, each names its own part.
+    """
     try:
         entries = read_manifest(directory)
     except UnsealedError as error:
         return [] if _is_older(directory) else [Damage(MANIFEST, str(error))]
-    sizes = {name: entry["bytes"] for name, entry in entries.items()}
+    sizes = {name: entry["bytes"] for name, entry in entries.items() if not items or name.split("/")[0] in items}
     mine = share(sizes, jax.process_index(), jax.process_count())
     found = check_files(directory, {name: entries[name] for name in mine})
     if jax.process_count() > 1:
@@ -87,9 +90,9 @@ def damages_of(directory: Path) -> list[Damage]:
     return found
 
 
-def require_intact(checkpoint: Checkpoint) -> None:
-    """Raises UserError, with what is wrong and where, unless a checkpoint is as it was written."""
-    if found := damages_of(checkpoint.path):
+def require_intact(checkpoint: Checkpoint, items: Collection[str] = ()) -> None:
+    """Raises UserError, with what is wrong and where, unless a checkpoint (or these items) is as it was written."""
+    if found := damages_of(checkpoint.path, items):
         raise UserError(
             f"{checkpoint.path} is damaged: {found[0]}{_others(found)}; restore it from a copy, or name another step"
         )

@@ -24,6 +24,7 @@ from tests import tiny as trained
 from tests.bridge.gguf_writing import Kind, write_gguf
 from tests.bridge.tiny import TEXTS, tiny_model, train_tokenizer
 from tlite_jax import checkpoint
+from tlite_jax.checkpoint_saver import saver
 from tlite_jax.config import CheckpointConfig, ModelConfig
 from tlite_jax.errors import UserError
 from tlite_jax.train.state import abstract_state
@@ -152,8 +153,8 @@ def test_an_export_does_not_read_the_optimizer(tmp_path: Path, monkeypatch: pyte
     state = jax.tree.map(
         lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype, device=leaf.sharding), abstract_state(model, mesh)
     )
-    with checkpoint.saver(run_dir, CheckpointConfig(keep_latest=1)) as saver:
-        saver.save(state, checkpoint.Meta(step=4, model=model, weights_dtype="bfloat16", origin="a test"))
+    with saver(run_dir, CheckpointConfig(keep_latest=1)) as saving:
+        saving.save(state, checkpoint.Meta(step=4, model=model, weights_dtype="bfloat16", origin="a test"))
     trained.write_tokenizer(run_dir / "tokenizer")
     found = checkpoint.find(run_dir)
     assert found.has_optimizer
@@ -164,5 +165,10 @@ def test_an_export_does_not_read_the_optimizer(tmp_path: Path, monkeypatch: pyte
     run(launch.export.main, run_dir, tmp_path / "gguf", "--format", "gguf", "--type", "F16")
     embedding = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
     assert embedding.unique().tolist() == [0.5]
+    flip = next(path for path in (found.path / "params").rglob("d/*") if path.stat().st_size)
+    flip.write_bytes(bytes([flip.read_bytes()[0] ^ 1]) + flip.read_bytes()[1:])
+    with pytest.raises(UserError, match="checkpoints/4 is damaged: params/"):
+        run(launch.export.main, run_dir, tmp_path / "spoiled")
+    assert not (tmp_path / "spoiled").exists()
     with pytest.raises(ValueError, match="Expecting value"):
         checkpoint.restore_optimizer(found, mesh)
