@@ -36,7 +36,7 @@ def write_recipe(directory: Path, **changes: Any) -> Path:
         "stages": [{"config": str(directory / f"stage{number}.yaml")} for number in (1, 2)],
         "evaluate": [{"name": "held-out", "max_tokens": 500}],
         "export": {"types": ["F16", "Q8_0"]},
-        "gate": {"windows": 1},
+        "gate": {"windows": 8},
         "card": {"license": "apache-2.0", "base_model": "a-lab/tiny", "languages": ["ru", "en"]},
     }
     file = directory / "recipe.yaml"
