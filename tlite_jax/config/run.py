@@ -8,7 +8,7 @@ computed: mesh, precision, kernels) may change when a run resumes.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tlite_jax.config.base import (
     Fraction,
@@ -199,7 +199,17 @@ class TelemetryConfig(Section):
     console: bool = True
     jsonl: bool = True
     tensorboard: bool = True
+    prometheus: Path | None = Field(
+        default=None, description="a .prom file for node_exporter's textfile collector; null: none"
+    )
     peak_flops_per_device: PositiveFloat | None = Field(default=None, description="null: looked up by device kind")
+
+    @field_validator("prometheus")
+    @classmethod
+    def _read_by_node_exporter(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix != ".prom":
+            raise ValueError(f"must end in .prom, or node_exporter passes it over: {path.with_suffix('.prom')}")
+        return path
 
 
 class RunConfig(Section):

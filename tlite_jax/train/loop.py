@@ -24,6 +24,7 @@ from tlite_jax.telemetry.environment import environment
 from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.goodput import FILE, Stopwatch
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
+from tlite_jax.telemetry.prometheus import PrometheusSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
 from tlite_jax.train.run import Run, first_state
 from tlite_jax.train.state import TrainState
@@ -310,6 +311,8 @@ def _writer(run: Run, console: Sink | None) -> Iterator[MetricsWriter]:
             sinks.append(JsonlSink(run.directory / "metrics.jsonl", resume_step=resume))
         if telemetry.tensorboard:
             sinks.append(TensorBoardSink(run.directory / "tensorboard", resume_step=resume))
+        if telemetry.prometheus is not None:
+            sinks.append(PrometheusSink(telemetry.prometheus, run.directory.resolve().name))
         if telemetry.console and console is not None:
             sinks.append(console)
     with MetricsWriter(sinks) as writer:
