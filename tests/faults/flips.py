@@ -32,12 +32,15 @@ class Artefact(NamedTuple):
 
 
 def make_artefacts(scratch: Path) -> list[Artefact]:
-    """Buckets, a Hugging Face export of several shards and a GGUF file."""
+    """Buckets, a run's checkpoints, a Hugging Face export of several shards and a GGUF file."""
     data = runs.make_data(scratch / "data")
+    runs.undisturbed(data, scratch)
+    run = scratch / "undisturbed"
     exported = runs.Child(lambda: _export(scratch), scratch / "export.log")
     assert exported.wait() == 0, exported.log.read_text()
     return [
         Artefact("buckets", data / "buckets", data / "buckets"),
+        Artefact("checkpoints", run / "checkpoints", run),
         Artefact("HF export", scratch / "hf", scratch / "hf"),
         Artefact("GGUF export", scratch / "gguf", scratch / "gguf"),
     ]

@@ -1,10 +1,11 @@
-"""The kill sweep: SIGKILL at random moments, half of them aimed at a save; after each the run is gone on with.
+"""The kill sweep: SIGKILL at random moments, most of them aimed at a save; after each the run is gone on with.
 
     python -m tests.faults.kills --count 300 --seed 1 --log kills.jsonl [--resume]
 
 Whenever a run reaches its end, every loss, the last state's bits and the rows read must equal those of a run that
-nothing happened to. The log has a line for every kill and every finished run; with --resume the kills in it count, so
-that a thousand can be gathered in several sittings. The moment of kill N depends on the seed and N alone.
+nothing happened to, and every checkpoint left must be as it was sealed. The log has a line for every kill and every
+finished run; with --resume the kills in it count, so that a thousand can be gathered in several sittings. The moment of
+kill N depends on the seed and N alone.
 """
 
 import argparse
@@ -20,16 +21,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.faults import runs
+from tlite_jax.checkpoint import PARTIAL
+from tlite_jax.checkpoint_verify import verify_run
 
 _POLL_SECONDS = 0.0005
+
+_Key = tuple[str, int]
 
 
 class Kill(NamedTuple):
     """Where a kill was sent, and what it found.
 
     Attributes:
-      number, aim, delay: which; at any "moment" of a start or at a "save"; seconds after the start or the save's begin.
-      in_save: a checkpoint was half written.
+      number, aim, delay: which; at any "moment" of a start, at a "save" or its "seal"; seconds after that began.
+      in_save, in_seal: a checkpoint was half written; Orbax had finished it, and it was not sealed and named.
       steps: the last whole step on disk at the start, and the one afterwards.
     """
 
@@ -37,6 +42,7 @@ class Kill(NamedTuple):
     aim: str
     delay: float
     in_save: bool
+    in_seal: bool
     steps: tuple[int, int]
 
 
@@ -55,7 +61,7 @@ class Sweep:
         began = time.monotonic()
         self._expected = runs.undisturbed(self._data, scratch)
         self._start_seconds = time.monotonic() - began
-        self._save_seconds = 0.05
+        self._seconds = {"save": 0.1, "seal": 0.03}
         self.kills: list[Kill] = []
         self.finished = 0
 
@@ -75,13 +81,13 @@ class Sweep:
     def _kill(self, number: int, output: Path) -> bool:
         """One start that is killed; False when it was over before that."""
         chance = np.random.default_rng([self._seed, number])
-        aim = "save" if chance.random() < 0.6 else "moment"
+        aim = str(chance.choice(["save", "seal", "moment"], p=[0.4, 0.2, 0.4]))
         nth_save, part = int(chance.integers(1, 3)), float(chance.random())
-        before, left = _last_step(output), half_written(output)
+        before, left = _last_step(output), set(half_written(output))
         child = self._start(output)
         began = time.monotonic()
-        delay = part * (self._save_seconds if aim == "save" else self._start_seconds)
-        left = self._wait(child, output, left, nth_save if aim == "save" else 0, delay)
+        delay = part * self._seconds.get(aim, self._start_seconds)
+        left = self._wait(child, output, left, aim, nth_save if aim != "moment" else 0, delay)
         child.kill()
         status = child.wait()
         if status == 0:
@@ -90,25 +96,28 @@ class Sweep:
         assert status == -9, f"kill {number}: the start before it failed with {status}:\n{child.log.read_text()}"
         after = _last_step(output)
         assert after >= before, f"kill {number}: step {before} was there, now the newest is {after}"
-        kill = Kill(number, aim, round(delay, 4), bool(half_written(output) - left), (before, after))
+        now = half_written(output)
+        new = [name for key, name in now.items() if key not in left]
+        sealing = any(name.endswith(PARTIAL) for name in new)
+        kill = Kill(number, aim, round(delay, 4), bool(new), sealing, (before, after))
         self.kills.append(kill)
         self._note({"kill": kill.number, "seed": self._seed, **kill._asdict()})
         return True
 
     def _wait(
-        self, child: runs.Child, output: Path, left: set[tuple[str, int]], nth_save: int, delay: float
-    ) -> set[tuple[str, int]]:
-        """Until so many seconds after the nth save of this start began (0: after the start), or the process ends.
+        self, child: runs.Child, output: Path, left: set[_Key], aim: str, nth_save: int, delay: float
+    ) -> set[_Key]:
+        """Until so many seconds after the nth save or seal of this start began (0: after the start), or its end.
 
         Returns:
           What is half written still since the start before, of `left`.
         """
-        seen: set[tuple[str, int]] = set()
+        seen: set[_Key] = set()
         deadline = time.monotonic() + delay if not nth_save else None
         while child.poll() is None and (deadline is None or time.monotonic() < deadline):
             now = half_written(output)
-            left = left & now
-            seen |= now - left
+            left = left & now.keys()
+            seen |= {key for key, name in now.items() if aim == "save" or name.endswith(PARTIAL)} - left
             if deadline is None and len(seen) >= nth_save:
                 deadline = time.monotonic() + delay
             time.sleep(_POLL_SECONDS)
@@ -126,16 +135,24 @@ class Sweep:
         found = json.loads(result.read_text())
         wrong = [name for name, value in self._expected.items() if found[name] != value]
         assert not wrong, f"{output.name} ended with other {wrong}"
-        assert not half_written(output), f"{output.name} ended with half a checkpoint"
+        assert not half_written(output), f"{output.name} ended with {sorted(half_written(output).values())}"
+        assert not verify_run(output).damages, f"{output.name}: {verify_run(output).damages[0]}"
         self.finished += 1
         self._note({"run": output.name, "seed": self._seed, "equal": sorted(found)})
         shutil.rmtree(output)
         result.unlink()
 
 
-def half_written(run: Path) -> set[tuple[str, int]]:
-    """Checkpoints that are begun and not whole, by name and inode: those whose names are no numbers."""
-    return {(entry.name, entry.inode()) for entry in _entries(run) if not entry.name.isdecimal()}
+def half_written(run: Path) -> dict[_Key, str]:
+    """Names of checkpoints that are begun and not whole, by step and inode: Orbax's own name changes on the way.
+
+    A checkpoint that is whole has a number for a name. One that is being deleted was whole.
+    """
+    return {
+        (entry.name.partition(".")[0], entry.inode()): entry.name
+        for entry in _entries(run)
+        if not entry.name.isdecimal() and not entry.name.endswith(".deleting")
+    }
 
 
 def _last_step(run: Path) -> int:
@@ -149,12 +166,13 @@ def _entries(run: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def read_log(path: Path) -> tuple[int, int, int, int]:
-    """Kills, those in a save, runs finished, and the first number not yet used, of a log that may not exist."""
+def read_log(path: Path) -> tuple[int, int, int, int, int]:
+    """Of a log that may not exist: kills, those in a save, those in a seal, runs finished, the first unused number."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     kills = [line for line in lines if "kill" in line]
     used = max((line["number"] for line in kills), default=-1) + 1
-    return len(kills), sum(line["in_save"] for line in kills), sum("run" in line for line in lines), used
+    in_save, in_seal = (sum(line[name] for line in kills) for name in ("in_save", "in_seal"))
+    return len(kills), in_save, in_seal, sum("run" in line for line in lines), used
 
 
 def main() -> None:
@@ -176,10 +194,11 @@ def main() -> None:
             log.flush()
 
         Sweep(Path(scratch), arguments.seed, note).run(arguments.count, first)
-    kills, in_save, finished, _ = read_log(arguments.log)
+    kills, in_save, in_seal, finished, _ = read_log(arguments.log)
     minutes = (time.monotonic() - began) / 60
-    print(f"{kills} kills, {in_save} of them with a checkpoint half written; {finished} runs finished, all equal bit")
-    print(f"for bit; 0 lost; seed {arguments.seed}, {minutes:.0f} minutes for {kills - first} kills of this sitting")
+    print(f"{kills} kills, {in_save} with a checkpoint half written, {in_seal} of these while it was sealed;")
+    print(f"{finished} runs finished, all equal bit for bit; 0 lost; seed {arguments.seed}, {minutes:.0f} minutes for")
+    print(f"{kills - first} kills of this sitting")
 
 
 if __name__ == "__main__":
