@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from tlite_jax.telemetry.goodput import FILE, Stopwatch
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
 from tlite_jax.telemetry.prometheus import PrometheusSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
+from tlite_jax.train.lock import locked
 from tlite_jax.train.run import Run, first_state
 from tlite_jax.train.state import TrainState
 from tlite_jax.train.step import Metrics, Step, check_batch, make_step
@@ -116,6 +117,7 @@ def train(
     kept = evaluate.kept if evaluate is not None else lambda steps: ()
     # Signals are ours until the last checkpoint is whole.
     with (
+        _only_trainer(run),
         _stopwatch(run, mesh, spent or {}, entered) as watch,
         _signals() as stop,
         saver(run.directory, config.checkpoint, kept) as checkpoints,
@@ -203,6 +205,11 @@ def _save_at_last(checkpoints: Saver, state: TrainState, meta: Meta) -> None:
         raise OSError(failures[-1])
     if jax.process_count() > 1:  # process 0 seals it
         multihost_utils.sync_global_devices("last checkpoint saved")
+
+
+def _only_trainer(run: Run) -> AbstractContextManager[None]:
+    """Process 0 holds the directory for all."""
+    return locked(run.directory) if jax.process_index() == 0 else nullcontext()
 
 
 @contextmanager

@@ -1,0 +1,31 @@
+"""A run directory has one trainer at a time."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tlite_jax.errors import UserError
+from tlite_jax.train import lock
+
+
+def test_a_second_trainer_is_refused_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.05)
+    run = tiny.config(tmp_path / "run", *tiny.from_imported())
+    tiny.start(run)
+    half_written = tmp_path / "run" / "checkpoints" / "9.partial"
+    half_written.mkdir()
+    longer = tiny.config(tmp_path / "run", *tiny.from_imported(), f"train.steps={tiny.STEPS + 1}")
+    with lock.locked(tmp_path / "run"), pytest.raises(UserError, match=r"is being trained by process \d+ on .*; wait"):
+        tiny.start(longer, allow_change=True)
+    assert half_written.exists()
+    tiny.start(longer, allow_change=True)  # free again
+    assert not half_written.exists()
+
+
+def test_a_lock_that_is_given_back_meanwhile_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = lock.locked(tmp_path)
+    first.__enter__()
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: first.__exit__(None, None, None))
+    with lock.locked(tmp_path):
+        pass
