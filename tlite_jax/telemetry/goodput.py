@@ -77,6 +77,10 @@ class Stopwatch:
         """Counts seconds as `name`."""
         self._spent[name] += seconds
 
+    def spent(self, name: str) -> float:
+        """Seconds counted as `name` so far."""
+        return self._spent[name]
+
     def reached(self, step: int) -> None:
         """Notes that `step` steps are done; writes a line every few seconds."""
         self._step = step

@@ -25,11 +25,12 @@ from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.goodput import FILE, Stopwatch
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
 from tlite_jax.telemetry.prometheus import PrometheusSink
+from tlite_jax.telemetry.resources import Resources
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
 from tlite_jax.train.lock import locked
 from tlite_jax.train.run import Run, first_state
 from tlite_jax.train.state import TrainState
-from tlite_jax.train.step import Metrics, Step, check_batch, make_step
+from tlite_jax.train.step import Step, check_batch, make_step
 
 
 class Evaluation(Protocol):
@@ -173,6 +174,7 @@ def _loop(
 
     if stopped is None:
         run_evaluation()
+    resources = Resources(jax.local_devices(), every=config.train.log_every, last=run.total_steps, step=step)
     log.begin()
     while step < run.total_steps and stopped is None and not stop.reached(step):
         with watch.section("data_wait"):
@@ -181,7 +183,7 @@ def _loop(
             state, metrics = step_fn(state, batch)
             step += 1
         with watch.section("step"):
-            log.later(step, metrics)
+            log.later(step, {**metrics, **resources.read(step, watch.spent("data_wait"))})
         watch.reached(step - 1)  # the last one has only been started
         log.write_failures(step, checkpoints.failures())
         if step % config.checkpoint.every == 0 or step == run.total_steps:
@@ -244,7 +246,7 @@ class _Log:
         assert config.model is not None
         self._every, self._total = config.train.log_every, run.total_steps
         self._writer = writer
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
         peak = config.telemetry.peak_flops_per_device or peak_flops(mesh.devices.flat[0].device_kind)
         self._throughput = Throughput(
             flops_per_token(config.model, config.data.sequence_length),
@@ -261,8 +263,8 @@ class _Log:
         """Notes that the first step is about to be compiled and started."""
         self._began = time.monotonic()
 
-    def later(self, step: int, metrics: Metrics) -> None:
-        """Notes a step just started and logs the one before it."""
+    def later(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Notes a step just started, its metrics on devices or plain, and logs the one before it."""
         self.flush()
         self._pending = step, metrics
 
