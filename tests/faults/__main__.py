@@ -25,6 +25,7 @@ FAULTS = (
     Fault("kills", "SIGKILL while training or saving", 300, ("-m", "tests.faults.kills", "--count", "{}")),
     Fault("flips", "a flipped bit", 1000, ("-m", "tests.faults.flips", "--flips", "{}", "--cuts", "0")),
     Fault("cuts", "a truncated file", 200, ("-m", "tests.faults.flips", "--flips", "0", "--cuts", "{}")),
+    Fault("disk", "a disk that fills up while training", 50, ("-m", "tests.faults.disk", "--count", "{}")),
     Fault("ranks", "SIGTERM to one of four processes", 50, ("-m", "tests.faults.ranks", "--count", "{}")),
     Fault("models", "a spoiled model file", 20_000, ("-m", "tests.bridge.fuzzing", "--count", "{}")),
     Fault("prepare", "SIGKILL while preparing", 300, (*PYTEST, "tests/data/test_workers.py")),

@@ -3,8 +3,8 @@
     python -m tests.faults.disk --count 50 --seed 1
 
 The output of each run lies on a tmpfs (mounted here, so root is needed). For some of its steps a ballast file leaves
-less room than a checkpoint takes, another amount at each of them. Saves must fail and be counted, training must go on to
-the bits of a run that nothing happened to, and what is on the disk then must be whole checkpoints and nothing else.
+less room than a checkpoint takes, often none. Saves must fail and be counted, training must go on to the bits of a run
+that nothing happened to, and what is on the disk then must be whole checkpoints and nothing else.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def _run(
     """One run; returns how many of its saves came to nothing."""
     first = int(chance.integers(1, 8))
     last = int(chance.integers(first + 4, 14))
-    rooms = {step: int(chance.random() * 0.9 * save_bytes) for step in range(first, last + 1)}
+    rooms = {step: int(max(0.0, chance.uniform(-0.4, 0.9)) * save_bytes) for step in range(first, last + 1)}
     ballast = Ballast(output.parent / "ballast")
     checkpoint = {"every": runs.SAVE_EVERY, "keep_latest": runs.STEPS}
     config = runs.config(data, output, scratch / "cache", checkpoint=checkpoint)
@@ -146,11 +146,14 @@ def main() -> None:
     if not can_mount():
         parser.error("this needs to mount a tmpfs: run it as root")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="tlite-disk-") as scratch, tempfile.TemporaryDirectory() as directory:
-        with small_disk(Path(directory)) as disk:
-            failures = sweep(
-                Path(scratch), disk, arguments.count, arguments.seed, lambda line: print(json.dumps(line), flush=True)
-            )
+    with (
+        tempfile.TemporaryDirectory(prefix="tlite-disk-") as scratch,
+        tempfile.TemporaryDirectory() as directory,
+        small_disk(Path(directory)) as disk,
+    ):
+        failures = sweep(
+            Path(scratch), disk, arguments.count, arguments.seed, lambda line: print(json.dumps(line), flush=True)
+        )
     seconds = time.monotonic() - began
     print(f"{arguments.count} runs on a disk that was full at times, {seconds:.0f} s: {failures} saves came to nothing")
     print(

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from tlite_jax.errors import UserError
 from tlite_jax.telemetry.history import read_history
+from tlite_jax.telemetry.line_file import LineFile
 
 FILE = "goodput.jsonl"
 # What a start spends its time on; what is in none of them, and not between two steps, is "other".
@@ -57,7 +58,7 @@ class Stopwatch:
         if path is not None:
             try:
                 _drop_torn_line(path)
-                self._file = path.open("ab")
+                self._file = LineFile(path)
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
         self._write("begin", environment=dict(environment))
@@ -100,7 +101,6 @@ class Stopwatch:
         """Writes how this start ended; may be called twice, the first counts."""
         if self._file is not None and not self._file.closed:
             self._write("end", status=status)
-            os.fsync(self._file.fileno())
             self._file.close()
 
     def _write(self, event: str, **values: Any) -> None:
@@ -116,7 +116,6 @@ class Stopwatch:
             **values,
         }
         self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
 
 
 @dataclass(frozen=True)

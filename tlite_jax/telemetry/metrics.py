@@ -23,6 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tlite_jax.errors import UserError
 from tlite_jax.telemetry.evaluated import Evaluated
+from tlite_jax.telemetry.line_file import LineFile
 
 Metrics = dict[str, float]
 
@@ -95,7 +96,8 @@ class MetricsWriter:
 
 
 class JsonlSink:
-    """One line of JSON per step: {"step": 3, "time": unix seconds, "loss": ...}, written out at once.
+    """One line of JSON per step: {"step": 3, "time": unix seconds, "loss": ...}, written out at once, or when a
+    full disk has room again.
 
     Numbers that JSON lacks are written as the strings "nan", "inf" and "-inf". A last line torn by a crash is
     removed on opening.
@@ -114,18 +116,15 @@ class JsonlSink:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 _drop_lines(path, resume_step)
-            self._file = path.open("ab")
+            self._file = LineFile(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         record: dict[str, float | str] = {"step": step, "time": round(time.time(), 3)}
         record |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         self._file.write(json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
 
     def close(self) -> None:
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._file.close()
 
 
 class TensorBoardSink:
