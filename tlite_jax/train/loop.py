@@ -1,11 +1,8 @@
 """The training loop: batches in, metrics and checkpoints out. Never waits for the step it has just started."""
 
-import math
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -23,11 +20,12 @@ from tlite_jax.sharding import BATCH_SPEC
 from tlite_jax.telemetry.environment import environment
 from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.goodput import FILE, Stopwatch
-from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
-from tlite_jax.telemetry.prometheus import PrometheusSink
+from tlite_jax.telemetry.metrics import Sink
 from tlite_jax.telemetry.resources import Resources
-from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
 from tlite_jax.train.lock import locked
+from tlite_jax.train.log import Log, writer
+from tlite_jax.train.lock import locked
+from tlite_jax.train.log import Log, writer
 from tlite_jax.train.run import Run, first_state
 from tlite_jax.train.state import TrainState
 from tlite_jax.train.step import Step, check_batch, make_step
@@ -122,11 +120,11 @@ def train(
         _stopwatch(run, mesh, spent or {}, entered) as watch,
         _signals() as stop,
         saver(run.directory, config.checkpoint, kept) as checkpoints,
-        _writer(run, console) as writer,
+        writer(run, console) as metrics_writer,
     ):
         with watch.section("restore"):
             state = jax.block_until_ready(first_state(run, mesh))
-        result = _loop(run, state, step_fn, data, checkpoints, _Log(run, mesh, writer), stop, evaluate, watch)
+        result = _loop(run, state, step_fn, data, checkpoints, Log(run, mesh, metrics_writer), stop, evaluate, watch)
         watch.close(_status(result))
         return result
 
@@ -137,7 +135,7 @@ def _loop(
     step_fn: Callable,
     data: Iterator,
     checkpoints: Saver,
-    log: "_Log",
+    log: Log,
     stop: "_Stop",
     evaluate: Evaluation | None,
     watch: Stopwatch,
@@ -236,96 +234,6 @@ def _status(result: Result) -> str:
     if result.stopped is not None:
         return result.stopped
     return "done" if result.signal is None else signal.Signals(result.signal).name
-
-
-class _Log:
-    """Reads a step's metrics back only after the next step has been started."""
-
-    def __init__(self, run: Run, mesh: Mesh, writer: MetricsWriter):
-        config = run.config
-        assert config.model is not None
-        self._every, self._total = config.train.log_every, run.total_steps
-        self._writer = writer
-        self._pending: tuple[int, Mapping[str, Any]] | None = None
-        peak = config.telemetry.peak_flops_per_device or peak_flops(mesh.devices.flat[0].device_kind)
-        self._throughput = Throughput(
-            flops_per_token(config.model, config.data.sequence_length),
-            tokens_per_step=config.train.batch_size * config.data.sequence_length,
-            num_devices=mesh.size,
-            peak_flops_per_device=peak,
-        )
-        self._tokens_per_step = config.train.batch_size * config.data.sequence_length
-        self._began = time.monotonic()
-        self._num_failures = 0
-        self.first_step_seconds: float | None = None
-
-    def begin(self) -> None:
-        """Notes that the first step is about to be compiled and started."""
-        self._began = time.monotonic()
-
-    def later(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Notes a step just started, its metrics on devices or plain, and logs the one before it."""
-        self.flush()
-        self._pending = step, metrics
-
-    def flush(self) -> None:
-        """Logs the step noted last, waiting for it."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        first: dict[str, float] = {}
-        if self.first_step_seconds is None:
-            metrics["loss"].block_until_ready()
-            self.first_step_seconds = time.monotonic() - self._began
-            first = {"first_step_seconds": self.first_step_seconds}
-        if step % self._every and step != self._total:
-            metrics["loss"].block_until_ready()  # the host stays one step ahead, logged or not
-            return
-        values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
-        values["tokens_seen"] = float(step * self._tokens_per_step)
-        self.write(step, {**values, **first, **self._throughput.update(step, time.monotonic())})
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}; lower optimizer.learning_rate or mend the data"
-            )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes at once."""
-        self._writer.write(step, values)
-
-    def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
-        """Writes at once."""
-        self._writer.write_evaluation(step, evaluated)
-
-    def write_failures(self, step: int, failures: Sequence[str]) -> None:
-        """Tells people, and counts, what a save has come to."""
-        for failure in failures:
-            print(f"warning: {failure}; training goes on", file=sys.stderr, flush=True)
-        if failures:
-            self._num_failures += len(failures)
-            self.write(step, {"checkpoint_failures": float(self._num_failures)})
-
-    def restart(self, step: int) -> None:
-        """Leaves what happened since the last step out of the throughput."""
-        self._throughput.restart(step, time.monotonic())
-
-
-@contextmanager
-def _writer(run: Run, console: Sink | None) -> Iterator[MetricsWriter]:
-    sinks: list[Sink] = []
-    if jax.process_index() == 0:
-        telemetry = run.config.telemetry
-        resume = run.start_step if run.resumed else -1  # without a checkpoint, nothing that was logged counts
-        if telemetry.jsonl:
-            sinks.append(JsonlSink(run.directory / "metrics.jsonl", resume_step=resume))
-        if telemetry.tensorboard:
-            sinks.append(TensorBoardSink(run.directory / "tensorboard", resume_step=resume))
-        if telemetry.prometheus is not None:
-            sinks.append(PrometheusSink(telemetry.prometheus, run.directory.resolve().name))
-        if telemetry.console and console is not None:
-            sinks.append(console)
-    with MetricsWriter(sinks) as writer:
-        yield writer
 
 
 class _Stop:

@@ -1,0 +1,108 @@
+"""What the training loop logs: each step's metrics, read back only when the next step has been started."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tlite_jax.telemetry.evaluated import Evaluated
+from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
+from tlite_jax.telemetry.prometheus import PrometheusSink
+from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
+from tlite_jax.train.run import Run
+
+
+class Log:
+    """Reads a step's metrics back only after the next step has been started."""
+
+    def __init__(self, run: Run, mesh: Mesh, writer: MetricsWriter):
+        config = run.config
+        assert config.model is not None
+        self._every, self._total = config.train.log_every, run.total_steps
+        self._writer = writer
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        peak = config.telemetry.peak_flops_per_device or peak_flops(mesh.devices.flat[0].device_kind)
+        self._throughput = Throughput(
+            flops_per_token(config.model, config.data.sequence_length),
+            tokens_per_step=config.train.batch_size * config.data.sequence_length,
+            num_devices=mesh.size,
+            peak_flops_per_device=peak,
+        )
+        self._tokens_per_step = config.train.batch_size * config.data.sequence_length
+        self._began = time.monotonic()
+        self._num_failures = 0
+        self.first_step_seconds: float | None = None
+
+    def begin(self) -> None:
+        """Notes that the first step is about to be compiled and started."""
+        self._began = time.monotonic()
+
+    def later(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Notes a step just started, its metrics on devices or plain, and logs the one before it."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Logs the step noted last, waiting for it."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        first: dict[str, float] = {}
+        if self.first_step_seconds is None:
+            metrics["loss"].block_until_ready()
+            self.first_step_seconds = time.monotonic() - self._began
+            first = {"first_step_seconds": self.first_step_seconds}
+        if step % self._every and step != self._total:
+            metrics["loss"].block_until_ready()  # the host stays one step ahead, logged or not
+            return
+        values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
+        values["tokens_seen"] = float(step * self._tokens_per_step)
+        self.write(step, {**values, **first, **self._throughput.update(step, time.monotonic())})
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {step}; lower optimizer.learning_rate or mend the data"
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes at once."""
+        self._writer.write(step, values)
+
+    def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        """Writes at once."""
+        self._writer.write_evaluation(step, evaluated)
+
+    def write_failures(self, step: int, failures: Sequence[str]) -> None:
+        """Tells people, and counts, what a save has come to."""
+        for failure in failures:
+            print(f"warning: {failure}; training goes on", file=sys.stderr, flush=True)
+        if failures:
+            self._num_failures += len(failures)
+            self.write(step, {"checkpoint_failures": float(self._num_failures)})
+
+    def restart(self, step: int) -> None:
+        """Leaves what happened since the last step out of the throughput."""
+        self._throughput.restart(step, time.monotonic())
+
+
+@contextmanager
+def writer(run: Run, console: Sink | None) -> Iterator[MetricsWriter]:
+    """The sinks that a run asks for, closed at the end; none on processes other than 0."""
+    sinks: list[Sink] = []
+    if jax.process_index() == 0:
+        telemetry = run.config.telemetry
+        resume = run.start_step if run.resumed else -1  # without a checkpoint, nothing that was logged counts
+        if telemetry.jsonl:
+            sinks.append(JsonlSink(run.directory / "metrics.jsonl", resume_step=resume))
+        if telemetry.tensorboard:
+            sinks.append(TensorBoardSink(run.directory / "tensorboard", resume_step=resume))
+        if telemetry.prometheus is not None:
+            sinks.append(PrometheusSink(telemetry.prometheus, run.directory.resolve().name))
+        if telemetry.console and console is not None:
+            sinks.append(console)
+    with MetricsWriter(sinks) as metrics_writer:
+        yield metrics_writer
