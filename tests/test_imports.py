@@ -146,6 +146,7 @@ ARROWS = {
     "tlite_jax.train.lock": ["tlite_jax.errors"],
     "tlite_jax.train.run": ["tlite_jax"],
     "tlite_jax.train.rewind": ["tlite_jax"],
+    "tlite_jax.train.anomalies": ["tlite_jax"],
     "tlite_jax.train.log": ["tlite_jax"],
     "tlite_jax.train.loop": ["tlite_jax"],
 }

@@ -148,11 +148,12 @@ def start(
     *,
     evaluate: loop.Evaluation | None = None,
     allow_change: bool = False,
+    around_step: Callable[[step.Step], step.Step] | None = None,
 ) -> loop.Result:
     """Starts a run or goes on with it, as the command does."""
     run = open_run(config, mesh=on or mesh(), allow_change=allow_change)
     with mock.patch.object(loop, "make_step", make_quick_step):
-        return loop.train(run, on or mesh(), evaluate=evaluate)
+        return loop.train(run, on or mesh(), evaluate=evaluate, around_step=around_step)
 
 
 class Evaluation:

@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tlite_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tlite_jax.config import RunConfig
-    from tlite_jax.data.buckets import Bucket
     from tlite_jax.data.segments import Timeline
 
 
@@ -26,6 +23,7 @@ def replay(run: "RunConfig", step: int, *, text: bool) -> Iterator[dict[str, Any
       UserError: no such step, or no buckets.
     """
     from tlite_jax.data.buckets import BucketStore
+    from tlite_jax.data.replay import contents
 
     store = BucketStore.open(run.data.buckets)
     timeline, batch_size = timeline_of_run(run), run.train.batch_size
@@ -33,33 +31,9 @@ def replay(run: "RunConfig", step: int, *, text: bool) -> Iterator[dict[str, Any
     if not 1 <= step <= last:
         raise UserError(f"--replay {step}: the run has steps 1 to {last}")
     decode = _decoder(run) if text else None
-    rows = np.arange((step - 1) * batch_size, step * batch_size)
-    for slot, place in enumerate(zip(*(values.tolist() for values in timeline.locate(rows)), strict=True)):
-        number, epoch, row = place
-        bucket = store.buckets.get(timeline.buckets[number].name)
-        if bucket is None:
-            raise UserError(f"{run.data.buckets} has no bucket {timeline.buckets[number].name} any more")
-        found = {"slot": slot, "bucket": bucket.name, "pass": epoch, "row": row, **_documents(bucket, row)}
-        yield {**found, "text": decode(bucket.read_row(row))} if decode else found
-
-
-def _documents(bucket: "Bucket", row: int) -> dict[str, Any]:
-    """Documents of a row by their numbers in the bucket, and where those that begin in it do."""
-    starts, num_tokens = bucket.documents(row)
-    first_token = row * bucket.manifest["sequence_length"]
-    before = _documents_before(bucket, first_token)
-    inside = [int(start) - first_token for start in starts if start >= first_token]
-    goes_on = not inside or inside[0] > 0
-    first = before - 1 if goes_on else before
-    return {"documents": [first, before + len(inside) - 1], "starts": inside, "tokens": num_tokens}
-
-
-def _documents_before(bucket: "Bucket", token: int) -> int:
-    """How many of a bucket's documents begin before a token."""
-    from tlite_jax.data.row_format import OFFSET
-
-    starts = np.memmap(bucket.directory / "documents.bin", OFFSET, mode="r")
-    return int(np.searchsorted(starts, token, side="left"))
+    for found in contents(timeline, store, (step - 1) * batch_size, batch_size):
+        bucket = store.buckets[found["bucket"]]
+        yield {**found, "text": decode(bucket.read_row(found["row"]))} if decode else found
 
 
 def _decoder(run: "RunConfig") -> Any:

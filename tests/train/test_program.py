@@ -121,3 +121,11 @@ def _collective_dtypes(jaxpr):
             yield from ((name, variable.aval.dtype.name) for variable in equation.invars)
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from _collective_dtypes(inner)
+
+
+def test_the_choice_to_skip_an_update_keeps_no_second_state():
+    """Every shard of parameters and moments is still updated in its own place."""
+    state = abstract_state(MODEL, make_mesh(MeshConfig(replica=2, fsdp=4)))
+    size = sum(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state))
+    compiled = trace(execution_of()).lower().compile(compiler_options=QUICK)
+    assert compiled.memory_analysis().alias_size_in_bytes == size

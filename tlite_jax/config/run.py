@@ -146,6 +146,9 @@ class TrainConfig(Section):
     steps: Positive | None = Field(default=None, description="null: as many whole batches as the mixture has")
     batch_size: Positive = Field(description="sequences in a step, over all devices")
     log_every: Positive = 1
+    max_skipped_in_a_row: Positive = Field(
+        default=5, description="the run fails after so many steps in a row whose loss or gradients are not finite"
+    )
 
 
 class MeshConfig(Section):

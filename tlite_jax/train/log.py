@@ -1,6 +1,5 @@
 """What the training loop logs: each step's metrics, read back only when the next step has been started."""
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
 from tlite_jax.telemetry.prometheus import PrometheusSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
+from tlite_jax.train.anomalies import Anomalies
 from tlite_jax.train.run import Run
 
 
@@ -25,6 +25,7 @@ class Log:
         assert config.model is not None
         self._every, self._total = config.train.log_every, run.total_steps
         self._writer = writer
+        self.anomalies = Anomalies(run)
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         peak = config.telemetry.peak_flops_per_device or peak_flops(mesh.devices.flat[0].device_kind)
         self._throughput = Throughput(
@@ -48,7 +49,11 @@ class Log:
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Logs the step noted last, waiting for it."""
+        """Logs the step noted last, waiting for it. A skipped step is logged whatever `train.log_every` says.
+
+        Raises:
+          FloatingPointError: as `Anomalies.skipped` does.
+        """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -57,16 +62,15 @@ class Log:
             metrics["loss"].block_until_ready()
             self.first_step_seconds = time.monotonic() - self._began
             first = {"first_step_seconds": self.first_step_seconds}
-        if step % self._every and step != self._total:
-            metrics["loss"].block_until_ready()  # the host stays one step ahead, logged or not
-            return
-        values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
-        values["tokens_seen"] = float(step * self._tokens_per_step)
-        self.write(step, {**values, **first, **self._throughput.update(step, time.monotonic())})
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}; lower optimizer.learning_rate or mend the data"
-            )
+        skipped = bool(metrics["skipped"])  # reading it waits for the step, logged or not: the host stays one ahead
+        if skipped or step % self._every == 0 or step == self._total:
+            values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
+            values["tokens_seen"] = float(step * self._tokens_per_step)
+            self.write(step, {**values, **first, **self._throughput.update(step, time.monotonic())})
+        if skipped:
+            self.anomalies.skipped(step, float(metrics["loss"]), float(metrics["gradient_norm"]))
+        else:
+            self.anomalies.in_a_row = 0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes at once."""

@@ -24,8 +24,6 @@ from tlite_jax.telemetry.metrics import Sink
 from tlite_jax.telemetry.resources import Resources
 from tlite_jax.train.lock import locked
 from tlite_jax.train.log import Log, writer
-from tlite_jax.train.lock import locked
-from tlite_jax.train.log import Log, writer
 from tlite_jax.train.run import Run, first_state
 from tlite_jax.train.state import TrainState
 from tlite_jax.train.step import Step, check_batch, make_step
@@ -89,7 +87,7 @@ def train(
 
     Raises:
       UserError: a batch that does not divide over the mesh; damaged data.
-      FloatingPointError: the loss is not finite; nothing later than the step before is saved.
+      FloatingPointError: `train.max_skipped_in_a_row` steps were skipped in a row; none of them is saved.
     """
     config = run.config
     assert config.model is not None
@@ -148,9 +146,10 @@ def _loop(
     def save() -> None:
         nonlocal saved
         with watch.section("step"):
-            log.flush()  # a state behind a loss that is not finite is not worth keeping
+            log.flush()
         if step != saved:  # the disk would not tell: that save may be under way
             with watch.section("checkpoint"):
+                log.anomalies.check_saved(state.params)
                 checkpoints.save(state, run.meta(step))
             saved = step
             log.write_failures(step, checkpoints.failures())
@@ -174,6 +173,7 @@ def _loop(
         run_evaluation()
     resources = Resources(jax.local_devices(), every=config.train.log_every, last=run.total_steps, step=step)
     log.begin()
+    due = False
     while step < run.total_steps and stopped is None and not stop.reached(step):
         with watch.section("data_wait"):
             batch = next(data)
@@ -184,8 +184,13 @@ def _loop(
             log.later(step, {**metrics, **resources.read(step, watch.spent("data_wait"))})
         watch.reached(step - 1)  # the last one has only been started
         log.write_failures(step, checkpoints.failures())
-        if step % config.checkpoint.every == 0 or step == run.total_steps:
-            save()
+        due = due or step % config.checkpoint.every == 0 or step == run.total_steps
+        if due:
+            with watch.section("step"):
+                log.flush()
+            if not log.anomalies.in_a_row:  # else the next step that is not skipped is saved
+                save()
+                due = False
         run_evaluation()
     save()
     with watch.section("checkpoint"):

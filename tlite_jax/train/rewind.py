@@ -9,6 +9,7 @@ from tlite_jax.config_files import load_config
 from tlite_jax.data.segment_files import Rewind, read_segments, timeline_of, write_timeline
 from tlite_jax.data.segments import Timeline
 from tlite_jax.errors import UserError
+from tlite_jax.train.anomalies import FILE as ANOMALIES
 from tlite_jax.train.run import CONFIG_FILE, count_steps
 
 DIRECTORY = "rewound"
@@ -105,10 +106,10 @@ def _next_name(directory: Path) -> str:
 
 
 def _set_aside(run: Path, steps: tuple[int, ...], directory: Path) -> None:
-    """Moves checkpoints and copies the metrics; what has been moved already is left."""
+    """Moves checkpoints and copies metrics and anomalies; what has been moved already is left."""
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     for step in sorted(steps, reverse=True):
         (run / "checkpoints" / str(step)).rename(directory / "checkpoints" / str(step))
-    metrics = run / "metrics.jsonl"
-    if metrics.exists() and not (directory / metrics.name).exists():
-        shutil.copyfile(metrics, directory / metrics.name)
+    for log in (run / "metrics.jsonl", run / ANOMALIES):
+        if log.exists() and not (directory / log.name).exists():
+            shutil.copyfile(log, directory / log.name)

@@ -97,7 +97,9 @@ def make_step(
 
     Returns:
       (state, batch) -> (state, metrics): loss (nats a token), gradient_norm (before clipping), learning_rate, tokens
-      (scored). Metrics are not read back here: that would wait for the step.
+      (scored), skipped (1 where loss or gradient_norm is not finite: parameters, moments and their count stay as they
+      were, and only the step, and with it the schedule, goes on; else 0). Metrics are not read back here: that would
+      wait for the step.
     """
     gradients_fn = make_gradients(model, execution, mesh, document_masking)
     mask = adamw.decay_mask(optimizer, decoder.param_specs(model))
@@ -112,11 +114,17 @@ def make_step(
             gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
             learning_rate = schedule(state.step)
             params, moments = adamw.update(optimizer, gradients, state.optimizer, state.params, learning_rate, mask)
+            # The norm is over all devices, so all choose alike; the choice is part of the update's loops, in place.
+            finite = jax.numpy.isfinite(loss) & jax.numpy.isfinite(norm)
+            params, moments = jax.tree.map(
+                lambda new, old: jax.numpy.where(finite, new, old), (params, moments), (state.params, state.optimizer)
+            )
         metrics = {
             "loss": loss / scored,
             "gradient_norm": norm,
             "learning_rate": learning_rate,
             "tokens": count,
+            "skipped": jax.numpy.where(finite, 0.0, 1.0),
         }
         return TrainState(state.step + 1, params, moments), metrics
 
