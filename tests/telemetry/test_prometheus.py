@@ -93,7 +93,10 @@ def test_many_steps_in_a_second_are_few_files(tmp_path: Path, monkeypatch: pytes
     sink = PrometheusSink(tmp_path / "run.prom", "r")
     sink.write(1, {"loss": 1.0})
     assert written.wait(30)  # the first at once
-    for step in range(2, 1000):
+    written.clear()
+    sink.write(2, {"loss": 1.0})
+    assert not written.wait(0.2)  # the second has to wait
+    for step in range(3, 1000):
         sink.write(step, {"loss": 1.0})
     sink.close()  # and does not wait for the minute
     assert len(contents) == 3
