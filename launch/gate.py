@@ -3,9 +3,10 @@
 import contextlib
 import io
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +50,10 @@ def main(
     allow_missing: Annotated[
         str, typer.Option(help=f"What a check may go without, with commas: {', '.join(MAY_BE_MISSING)}.")
     ] = "",
+    most_kl: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE=VALUE", help="Most mean KL of a type's file, nats a token; may be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print release.json instead of lines.")] = False,
 ) -> None:
     """Check a release and write release.json: weights, logits, token ids, quantisations, text, hashes.
@@ -58,7 +63,7 @@ def main(
     Example: python -m launch gate runs/stage2 --out release --type Q4_K_M --type Q8_0
     """
     started = time.monotonic()
-    options = _options(dtype, sample, windows, allow_missing)
+    options = _options(dtype, sample, windows, allow_missing, most_kl or [])
     with _lines_beside_json(as_json):
         result = run_gate(
             checkpoint, out, base=base, exports=exports or [], types=type_ or [], step=step, name=name, options=options
@@ -90,12 +95,13 @@ def run_gate(
       options: of the checks.
 
     Raises:
-      UserError: no such checkpoint or exports, files in the way of exports.
+      UserError: no such checkpoint or a damaged one, no such exports, files in the way of exports.
     """
     import jax
 
     from launch.language_model import load_tokenizer
     from tlite_jax.checkpoint import find
+    from tlite_jax.checkpoint_verify import require_intact
     from tlite_jax.config import MeshConfig
     from tlite_jax.release.base import find_base
     from tlite_jax.release.files import find_exports
@@ -104,14 +110,17 @@ def run_gate(
     from tlite_jax.sharding import make_mesh
 
     found = find(checkpoint, step)
+    require_intact(found)
     load_tokenizer(found.tokenizer_dir)  # without one nothing can be checked
     origin = find_base(found, base)
     if exports and types:
         raise UserError("--type is for a gate that exports by itself; leave it out, or leave out --exports")
     if exports:
         released, first = find_exports(exports), _given(exports)
+        _refuse_limits_of_none(options.most_kl, released.ggufs)
     else:
         _refuse_leftovers(out, types)
+        _refuse_limits_of_none(options.most_kl, ["F16", *types])
         released, first = _exports(found, out, types, name)
     out.mkdir(parents=True, exist_ok=True)
     (out / FILE_NAME).unlink(missing_ok=True)  # what it says is of other files
@@ -132,7 +141,7 @@ def run_gate(
     return result
 
 
-def _options(dtype: str, sample: Path | None, windows: int, allow_missing: str) -> "Options":
+def _options(dtype: str, sample: Path | None, windows: int, allow_missing: str, most_kl: list[str]) -> "Options":
     from tlite_jax.release.gate import Options
     from tlite_jax.release.sample import OWN, own_text, read_text
 
@@ -142,7 +151,33 @@ def _options(dtype: str, sample: Path | None, windows: int, allow_missing: str) 
     if unknown := sorted(allowed - set(MAY_BE_MISSING)):
         raise UserError(f"--allow-missing {unknown[0]}: choose from {', '.join(MAY_BE_MISSING)}")
     text, origin = (own_text(), OWN) if sample is None else (read_text(sample), str(sample))
-    return Options(dtype, text, origin, windows, allowed)
+    return Options(dtype, text, origin, windows, allowed, _limits(most_kl))
+
+
+def _limits(given: list[str]) -> dict[str, float]:
+    """TYPE=VALUE of --most-kl, read."""
+    from tlite_jax.bridge.gguf_types import FILE_TYPES
+
+    limits: dict[str, float] = {}
+    for words in given:
+        kind, _, number = words.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if kind not in FILE_TYPES or not 0 < value < math.inf:
+            raise UserError(f"--most-kl {words}: give TYPE=VALUE, a number above 0, e.g. Q4_K_M=0.1")
+        if kind in limits:
+            raise UserError(f"--most-kl {words}: {kind} is given twice")
+        limits[kind] = value
+    return limits
+
+
+def _refuse_limits_of_none(limits: Mapping[str, float], kinds: Collection[str]) -> None:
+    """A limit that nothing would be held against is a mistake."""
+    for kind in limits:
+        if kind not in kinds:
+            raise UserError(f"--most-kl {kind}: the release has no such file; it has {', '.join(kinds) or 'no GGUF'}")
 
 
 def _refuse_leftovers(out: Path, types: list[str]) -> None:

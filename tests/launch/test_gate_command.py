@@ -22,6 +22,7 @@ from tests.bridge.tiny import tiny_model, train_tokenizer
 from tlite_jax.bridge.gguf_metadata import ReleaseFacts
 from tlite_jax.checkpoint import find, load_params, save_model
 from tlite_jax.config import MeshConfig
+from tlite_jax.release import quantizations
 from tlite_jax.release.files import find_exports
 from tlite_jax.release.gate import Gate, Options
 from tlite_jax.release.result import ReleaseResult, load
@@ -176,6 +177,11 @@ def test_bad_usage_is_refused_and_makes_nothing(
         ("--exports", str(place / "out"), "--type", "F16"): "--type is for a gate that exports by itself",
         ("--sample", str(tmp_path / "absent")): "cannot read --sample",
         ("--base", str(tmp_path / "absent")): "no checkpoint in",
+        ("--most-kl", "Q4_0"): "--most-kl Q4_0: give TYPE=VALUE",
+        ("--most-kl", "Q4_0=-1"): "--most-kl Q4_0=-1: give TYPE=VALUE",
+        ("--most-kl", "Q9=1"): "--most-kl Q9=1: give TYPE=VALUE",
+        ("--most-kl", "F16=1", "--most-kl", "F16=2"): "F16 is given twice",
+        ("--type", "Q8_0", "--most-kl", "Q4_0=1"): "the release has no such file; it has F16, Q8_0",
         ("--step", "7"): "has no checkpoint of step 7",
     }.items():
         capsys.readouterr()
@@ -198,6 +204,49 @@ def test_an_interrupted_gate_leaves_no_old_verdict(
     assert not list(tmp_path.iterdir())
 
 
+def checked(place: Path, exports: Path, out: Path, *names: str, **limits: float) -> ReleaseResult:
+    """The checks of these names, with limits of the mean KL."""
+    checks = Gate(
+        find(place / "run"),
+        find_exports([exports]),
+        None,
+        out,
+        make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]),
+        load_tokenizer,
+        Options("float32", own_text(), "own", 1, frozenset(), limits),
+    )
+    chosen = {name: part for name, part in checks.parts().items() if name in names}
+    checks.parts = lambda: chosen  # type: ignore[method-assign]
+    return checks.run()
+
+
+def test_fewer_bits_may_be_better_but_the_users_limits_hold(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swapped = {"Q8_0": 4.0, "Q4_0": 8.0}
+    monkeypatch.setattr(quantizations, "bits_per_weight", lambda file: swapped.get(file.name.split(".")[1], 16.0))
+    result = checked(place, place / "out", tmp_path, "quantizations")
+    assert result.passed
+    assert "Q4_0 (8.00 bits) predicts worse than Q8_0 (4.00)" in result.checks[0].details[0]
+    result = checked(place, place / "out", tmp_path, "quantizations", Q4_0=1e-7)
+    assert not result.passed
+    assert "tiny.Q4_0.gguf: mean KL" in result.checks[0].details[0]
+    assert "--most-kl Q4_0=1e-07" in result.checks[0].details[0]
+    assert result.quantizations is not None
+
+
+def test_a_damaged_checkpoint_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    file = max((tmp_path / "run" / "checkpoints").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert gate(tmp_path / "run", "--out", tmp_path / "out") == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_predictions_that_are_not_finite_fail_the_table(place: Path, tmp_path: Path) -> None:
     """A file whose scales are damaged; and what a killed gate left is cleared."""
     damaged = tmp_path / "gguf" / "tiny.Q8_0.gguf"
@@ -207,20 +256,7 @@ def test_predictions_that_are_not_finite_fail_the_table(place: Path, tmp_path: P
     content[-34:-32] = b"\x00\x7e"  # the last block of Q8_0: two bytes of scale, now NaN, and 32 of values
     damaged.write_bytes(content)
     (tmp_path / ".gate.old").mkdir()
-    found = find(place / "run")
-    options = Options("float32", own_text(), "own", 1, frozenset())
-    checks = Gate(
-        found,
-        find_exports([damaged]),
-        None,
-        tmp_path,
-        make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]),
-        load_tokenizer,
-        options,
-    )
-    chosen = {name: part for name, part in checks.parts().items() if name in ("files intact", "quantizations")}
-    checks.parts = lambda: chosen  # type: ignore[method-assign]
-    result = checks.run()
+    result = checked(place, damaged.parent, tmp_path, "files intact", "quantizations")
     assert statuses(result) == {"files intact": "failed", "quantizations": "failed"}
     assert "predictions" in " ".join(result.checks[1].details)
     assert result.quantizations is None

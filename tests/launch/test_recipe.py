@@ -197,6 +197,17 @@ def test_stages_that_do_not_follow_one_another_are_refused(tmp_path: Path) -> No
         load_recipe(file)
 
 
+def test_limits_of_the_gate_are_passed_on_and_are_of_exported_types(tmp_path: Path) -> None:
+    file = write_recipe(tmp_path)
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "export": {"types": ["F16", "Q4_0"]}, "gate": {"most_kl": {"Q4_0": 0.5}}}))
+    gate = next(arrow for arrow in build(load_recipe(file), file) if arrow.name == "gate")
+    assert gate.command[-2:] == ("--most-kl", "Q4_0=0.5")
+    file.write_text(json.dumps({**values, "export": {"types": ["F16"]}, "gate": {"most_kl": {"Q4_0": 0.5}}}))
+    with pytest.raises(UserError, match="Q4_0 is none of export"):
+        load_recipe(file)
+
+
 @pytest.mark.parametrize("name", ["smollm2_russian", "tlite_8b"])
 def test_shipped_recipes_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)

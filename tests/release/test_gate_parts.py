@@ -10,7 +10,8 @@ import pytest
 
 from tlite_jax.bridge.safetensors_io import StoredTensor
 from tlite_jax.errors import UserError
-from tlite_jax.release import forgetting, references, table, weights, writing
+from tlite_jax.release import forgetting, inversions, references, table, weights, writing
+from tlite_jax.release.files import MainKind
 from tlite_jax.release.passes import compare
 from tlite_jax.release.sample import half_windows, own_text, read_text, whole_windows
 
@@ -36,20 +37,60 @@ def test_a_rows_numbers_are_llama_cpps() -> None:
     assert found.same_top_error == pytest.approx(0.5)
 
 
-def test_files_beyond_their_types_limit_are_named() -> None:
+def test_files_that_cannot_be_right_are_named() -> None:
     rows = [row("F16", 16, 1e-5, 0), row("Q8_0", 8.5, 0.03), row("Q4_0", 4.5, float("nan"))]
-    assert [line.split(":")[0] for line in table.too_far(rows, 0.02)] == ["x.Q4_0.gguf"]
-    assert [line.split(":")[0] for line in table.too_far(rows)] == ["x.Q8_0.gguf", "x.Q4_0.gguf"]
+    assert [line.split(":")[0] for line in table.too_far(rows[:2], {}, 0.02)] == []
+    assert [line.split(":")[0] for line in table.too_far(rows[:2], {})] == ["x.Q8_0.gguf"]
+    assert not table.too_far([row("Q2_K", 2.6, 3.0)], {})  # much, but no proof of damage
+    for ratio, wrong in ((0.9, 0), (2.1, 1), (float("nan"), 1)):
+        changed = row("Q2_K", 2.6, 0.4).model_copy(update={"log_ratio": ratio})
+        assert len(table.too_far([changed], {})) == wrong
 
 
-def test_fewer_bits_are_not_better_beyond_noise_and_within_a_family() -> None:
-    assert not table.inversions([row("Q8_0", 8.5, 0.01), row("Q6_K", 6.6, 0.02), row("Q4_K_M", 4.9, 0.1)])
-    found = table.inversions([row("Q8_0", 8.5, 0.03), row("Q6_K", 6.6, 0.02), row("Q4_K_M", 4.9, 0.1)])
-    assert len(found) == 1
-    assert "Q8_0 (8.50 bits) has mean KL 0.03, Q6_K (6.60 bits) only 0.02" in found[0]
-    assert not table.inversions([row("Q8_0", 8.5, 0.03, 0.01), row("Q6_K", 6.6, 0.02, 0.01)])  # noise
-    assert not table.inversions([row("Q8_0", 8.5, 0.03), row("Q6_K", 8.4, 0.02)])  # as large
-    assert not table.inversions([row("Q5_1", 6.0, 0.03), row("Q5_K_S", 5.5, 0.02)])  # of two families
+def test_the_users_limits_hold() -> None:
+    rows = [row("Q4_K_M", 4.9, 0.1), row("Q4_0", 4.5, 0.2), row("Q2_K", 2.6, float("nan"))]
+    assert not table.too_far(rows[:2], {"Q4_K_M": 0.11, "Q4_0": 0.21})
+    found = table.too_far(rows, {"Q4_K_M": 0.09, "Q4_0": 0.21, "Q2_K": 9.0}, 0.5)
+    assert found == [
+        "x.Q4_K_M.gguf: mean KL 0.1 nats a token, --most-kl Q4_K_M=0.09",
+        "x.Q2_K.gguf: mean KL nan nats a token, --most-kl Q2_K=9",
+    ]
+
+
+def test_what_is_not_measurable_has_no_row() -> None:
+    sound = {"kl": np.zeros(2), "logp": np.full(2, -3.0), "base_logp": np.full(2, -3.0)}
+    assert table.is_measurable(sound)
+    assert not table.is_measurable({**sound, "kl": np.array([0, np.nan])})
+    assert not table.is_measurable({**sound, "logp": np.full(2, -1e4)})  # its perplexity is no float64
+    assert not table.is_measurable({**sound, "base_logp": np.full(2, -1e4)})
+
+
+def held(name: str) -> MainKind:
+    return MainKind(name, 0.75, frozenset({576}))
+
+
+def test_fewer_bits_that_are_better_are_explained() -> None:
+    rows = [row("Q8_0", 8.5, 0.01), row("Q5_K_M", 6.6, 0.3), row("Q4_K_M", 6.2, 0.1), row("Q4_0", 4.5, 0.2)]
+    kinds = {"Q8_0": held("Q8_0"), "Q5_K_M": held("Q5_1"), "Q4_K_M": held("Q5_0"), "Q4_0": held("Q4_0")}
+    random = np.random.default_rng(0)
+    shared = random.normal(size=400)
+    kl = {part.type: part.mean_kl + shared + 0.01 * random.normal(size=400) for part in rows}
+    (found,) = inversions.inversions(rows, kl, kinds, held("Q4_1"))
+    assert "Q5_K_M (6.60 bits) predicts worse than Q4_K_M (6.20): mean KL 0.3000 and 0.1000" in found
+    assert "+-0.0007;" in found  # of the tokens' differences: what all files find hard is no error
+    assert "so no chance; Q5_K_M is 75% Q5_1 (blocks of 32), as rows of 576 are no multiple of 256" in found
+    assert "the base was Q4_1" in found
+    assert "the base was" not in inversions.inversions(rows, kl, kinds)[0]
+    assert not inversions.inversions([rows[0], rows[2], rows[3]], kl, kinds)
+    kl["Q5_K_M"] = kl["Q4_K_M"] + 0.2 + 3 * random.normal(size=400)
+    assert "within 2 errors: this sample does not tell them apart" in inversions.inversions(rows, kl, kinds)[0]
+
+
+def test_files_of_the_bases_own_type_are_pointed_out() -> None:
+    kinds = {"Q8_0": held("Q8_0"), "Q4_1": held("Q4_1"), "F16": held("F16")}
+    assert [line.split()[0] for line in inversions.of_the_bases_type(kinds, held("Q4_1"))] == ["Q4_1"]
+    assert not inversions.of_the_bases_type(kinds, held("F16"))
+    assert not inversions.of_the_bases_type(kinds, None)
 
 
 def test_the_comparison_of_predictions_is_exact() -> None:

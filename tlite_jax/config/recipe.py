@@ -78,6 +78,9 @@ class GateConfig(Section):
     windows: Positive = Field(default=16, description="most windows of it")
     dtype: Literal["float32", "bfloat16"] = "float32"
     allow_missing: tuple[Literal["torch", "base", "hf", "gguf"], ...] = ()
+    most_kl: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default={}, description="GGUF type -> most mean KL that its file may have, nats a token"
+    )
 
 
 class CardConfig(Section):
@@ -104,6 +107,12 @@ class RecipeConfig(Section):
     export: ExportConfig = ExportConfig()
     gate: GateConfig = GateConfig()
     card: CardConfig = CardConfig()
+
+    @model_validator(mode="after")
+    def _limits_are_of_exports(self) -> Self:
+        if strange := sorted(set(self.gate.most_kl) - set(self.export.types)):
+            raise ValueError(f"gate.most_kl: {strange[0]} is none of export.types; add it there, or leave it out here")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -237,6 +237,7 @@ def _gate(recipe: RecipeConfig, run: Path, exports: Sequence[Arrow]) -> Arrow:
     words += [word for arrow in exports for word in ("--exports", str(arrow.makes[0]))]
     words += [] if gate.sample is None else ["--sample", str(gate.sample)]
     words += ["--allow-missing", ",".join(gate.allow_missing)] if gate.allow_missing else []
+    words += [word for kind, value in gate.most_kl.items() for word in ("--most-kl", f"{kind}={value}")]
     values = {f"gate.{key}": str(value) for key, value in gate.model_dump(mode="json").items()}
     reads = [str(run), *(str(arrow.makes[0]) for arrow in exports)]
     reads += [] if gate.sample is None else [str(gate.sample)]

@@ -1,9 +1,10 @@
 """What lies in a release's directories, and a model that is read from one of its files."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -32,6 +33,14 @@ class Exports:
 
     hf: Path | None
     ggufs: dict[str, Path]
+
+
+class MainKind(NamedTuple):
+    """The tensor type that most of a GGUF file's weights have; their share; the lengths of its tensors' rows."""
+
+    name: str
+    share: float
+    row_lengths: frozenset[int]
 
 
 def find_exports(places: Iterable[Path]) -> Exports:
@@ -79,15 +88,26 @@ def type_of(file: Path) -> str:
 
 def bits_per_weight(file: Path) -> float:
     """Bits of tensor data, a weight."""
+    tensors = _tensors(file)
+    return 8 * sum(tensor.num_bytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def main_kind(file: Path) -> MainKind:
+    """The tensor type that holds most of a GGUF file's weights."""
+    weights: dict[str, int] = {}
+    lengths: dict[str, set[int]] = {}
+    for tensor in _tensors(file):
+        kind = str(tensor.kind.name)
+        weights[kind] = weights.get(kind, 0) + math.prod(tensor.shape)
+        lengths.setdefault(kind, set()).add(tensor.shape[-1])
+    kind = max(weights, key=lambda name: weights[name])
+    return MainKind(kind, weights[kind] / sum(weights.values()), frozenset(lengths[kind]))
+
+
+def _tensors(file: Path) -> list[gguf_file.TensorEntry]:
     with file.open("rb") as opened:
         _, tensors, _ = gguf_file.Header(file, opened, file.stat().st_size).read()
-    weights = 0
-    for tensor in tensors:
-        size = 1
-        for dim in tensor.shape:
-            size *= dim
-        weights += size
-    return 8 * sum(tensor.num_bytes for tensor in tensors) / weights
+    return tensors
 
 
 def read_gguf(file: Path, model: ModelConfig, mesh: Mesh, dtype: str) -> Any:

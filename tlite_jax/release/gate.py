@@ -6,7 +6,7 @@ Memory holds one model at a time, in the dtype that is computed in; files are re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,15 +30,16 @@ from tlite_jax.errors import UserError
 from tlite_jax.evaluate.language_model import LanguageModel
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.release import base as bases
-from tlite_jax.release import forgetting, references, table, token_ids, weights, writing
-from tlite_jax.release.files import Exports, bits_per_weight, hashed, read_gguf, shape_of
+from tlite_jax.release import forgetting, quantizations, references, table, token_ids, weights, writing
+from tlite_jax.release.files import Exports, hashed, read_gguf, shape_of
 from tlite_jax.release.passes import Passes
-from tlite_jax.release.result import Check, Generated, Quantization, QuantizationTable, ReleaseResult, Status
+from tlite_jax.release.result import Check, Generated, QuantizationTable, ReleaseResult, Status
 from tlite_jax.release.sample import LANGUAGES, Windows, documents, half_windows, whole_windows
 from tlite_jax.sharding import place_params
 
 # dtype of the passes -> (mean KL at most, same most likely token at least): bfloat16 itself moves logits by a percent
-F16_BOUNDS = {"float32": (1e-4, 0.98), "bfloat16": (2e-2, 0.9)}
+BFLOAT16_KL = 2e-2
+F16_BOUNDS = {"float32": (1e-4, 0.98), "bfloat16": (BFLOAT16_KL, 0.9)}
 LOGITS_TOKENS = 128
 CONTEXT = 512
 _MOST_DETAILS = 20
@@ -53,7 +54,8 @@ class Options:
       dtype: float32 or bfloat16, of every pass.
       text, text_name: the sample of the quantisation table, and where it comes from.
       windows: most of it.
-      allowed: names of missing things that may be missing: torch, llama_cpp, base.
+      allowed: names of missing things that may be missing: torch, base, hf, gguf.
+      most_kl: GGUF type -> most mean KL that its file may have, nats a token.
     """
 
     dtype: str
@@ -61,6 +63,7 @@ class Options:
     text_name: str
     windows: int
     allowed: frozenset[str]
+    most_kl: Mapping[str, float] = field(default_factory=dict)
 
 
 class Outcome(NamedTuple):
@@ -128,7 +131,7 @@ class Gate:
                 "mean KL from the checkpoint <= {:g}, same top >= {:.0%}".format(*F16_BOUNDS[self.options.dtype]),
                 self._f16,
             ),
-            "quantizations": ("mean KL within its type's limit; fewer bits are not better", self._quantizations),
+            "quantizations": ("finite, not beyond what its type can cost, nor --most-kl", self._quantizations),
             "generation": ("finite, not empty, not a loop from the start", self._generation),
             "forgetting": ("evaluation.watch of the run's config", self._forgetting),
         }
@@ -290,7 +293,7 @@ class Gate:
             measured = references.llama_cpp_compare(self._llama_cpp, file, self._windows, self._reference)
         else:
             engine = "our importer and model (llama-cpp-python is not installed)"
-            params = read_gguf(file, self._model, self.mesh, self.options.dtype)
+            params = self._read(file)
             measured = self._passes.compare(params, self._reference)
         kl, same = float(measured["kl"].mean()), float(measured["same_top"].mean())
         most_kl, least_same_top = F16_BOUNDS[self.options.dtype]
@@ -304,31 +307,32 @@ class Gate:
         base = self._reference
         f16 = self.exports.ggufs.get("F16")
         if f16 is not None:
-            base = self._passes.write(read_gguf(f16, self._model, self.mesh, self.options.dtype), self._scratch / "f16")
-        rows: list[Quantization] = []
-        measured: dict[str, np.ndarray] = {}
-        broken = []
-        for kind, file in self.exports.ggufs.items():
-            measured = self._passes.compare(read_gguf(file, self._model, self.mesh, self.options.dtype), base)
-            if not np.isfinite(measured["kl"]).all():
-                broken.append(f"{file.name}: its predictions, or those of the base, are not finite")
-                continue
-            rows.append(table.row(kind, file.name, file.stat().st_size, bits_per_weight(file), measured))
-        if not rows:
-            return judged(broken, "nothing that could be compared")
-        perplexity = float(np.exp(-measured["base_logp"].mean()))
+            base = self._passes.write(self._read(f16), self._scratch / "f16")
+        found = quantizations.measure(
+            self.exports.ggufs, lambda file: self._passes.compare(self._read(file), base), self._quantized_base()
+        )
+        if not found.rows:
+            return judged(found.broken, "nothing that could be compared")
         self.table = QuantizationTable(
             base="checkpoint" if f16 is None else "F16",
-            base_perplexity=perplexity,
-            base_perplexity_error=perplexity * table.standard_error(measured["base_logp"]),
+            base_perplexity=found.base_perplexity,
+            base_perplexity_error=found.base_perplexity_error,
             context=self._windows.tokens.shape[1],
             num_windows=len(self._windows),
             num_tokens=len(self._windows) * self._windows.num_scored,
             sample=self.options.text_name,
-            rows=tuple(rows),
+            rows=tuple(found.rows),
         )
-        wrong = [*broken, *table.too_far(rows, F16_BOUNDS[self.options.dtype][0]), *table.inversions(rows)]
-        return judged(wrong, f"{len(rows)} files, {self.table.num_tokens} tokens, base {self.table.base}")
+        far = table.too_far(found.rows, self.options.most_kl, BFLOAT16_KL if self.options.dtype == "bfloat16" else 0.0)
+        value = f"{len(found.rows)} files, {self.table.num_tokens} tokens, base {self.table.base}"
+        return judged([*found.broken, *far], value, found.notes)
+
+    def _read(self, file: Path) -> Any:
+        return read_gguf(file, self._model, self.mesh, self.options.dtype)
+
+    def _quantized_base(self) -> Path | None:
+        files = None if self.base is None else self.base.files
+        return files if files is not None and files.is_file() else None
 
     def _generation(self) -> Outcome:
         wrong, values = [], []
@@ -353,7 +357,7 @@ class Gate:
     def _writers(self) -> Iterator[tuple[str, Any]]:
         yield "checkpoint", restore_params(self.checkpoint, self.mesh, self.options.dtype)
         for file in list(self.exports.ggufs.values())[:1]:
-            yield file.name, read_gguf(file, self._model, self.mesh, self.options.dtype)
+            yield file.name, self._read(file)
 
     def _forgetting(self) -> Outcome:
         found = forgetting.read(self.checkpoint)
