@@ -46,6 +46,7 @@ class Saver:
     def save(self, state: TrainState, meta: Meta) -> None:
         """Starts saving; returns when the state's arrays may be donated. What goes wrong is told by `failures`."""
         self.wait()
+        self._delete_late_leftovers()
         self._delete_old()
         if shortage := self._shortage(state):
             self._note(meta.step, shortage)
@@ -85,6 +86,7 @@ class Saver:
     def close(self) -> None:
         """Waits for the save under way and deletes what need not be kept."""
         self.wait()
+        self._delete_late_leftovers()
         self._delete_old()
         self._checkpointer.close()
 
@@ -133,6 +135,11 @@ class Saver:
             directory = self._directory / str(step)
             if step not in kept and not (every and step % every == 0) and not (directory / PINNED).exists():
                 _delete(directory)
+
+    def _delete_late_leftovers(self) -> None:
+        """Orbax's threads may write on for a moment after their save has failed."""
+        if self.failed_step is not None:
+            self._delete_leftovers()
 
     def _delete_leftovers(self) -> None:
         """Gives back the disk that half-saved and half-deleted checkpoints of a killed process hold."""

@@ -95,7 +95,8 @@ def _run(
     rooms = {step: int(max(0.0, chance.uniform(-0.4, 0.9)) * save_bytes) for step in range(first, last + 1)}
     ballast = Ballast(output.parent / "ballast")
     checkpoint = {"every": runs.SAVE_EVERY, "keep_latest": runs.STEPS}
-    config = runs.config(data, output, scratch / "cache", checkpoint=checkpoint)
+    telemetry = {"console": False, "tensorboard": True}
+    config = runs.config(data, output, scratch / "cache", checkpoint=checkpoint, telemetry=telemetry)
     child = runs.Child(
         lambda: runs.train_to_the_end(config, around_step=_filling(ballast, rooms)), scratch / "disk.log"
     )

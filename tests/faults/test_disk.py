@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.faults.disk import Ballast, can_mount, small_disk
 from tests.faults.test_kills import QUICK
-from tlite_jax.telemetry.metrics import JsonlSink, read_jsonl
+from tlite_jax.telemetry.metrics import JsonlSink, TensorBoardSink, read_jsonl
 
 needs_root = pytest.mark.skipif(not can_mount(), reason="mounts a tmpfs, which needs root")
 
@@ -36,3 +37,17 @@ def test_metrics_of_a_full_disk_are_written_when_there_is_room(tmp_path: Path, c
         sink.write(900, {"loss": 900.0})
         assert [line["loss"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(901))
         sink.close()
+
+
+@needs_root
+def test_tensorboard_events_of_a_full_disk_are_written_when_there_is_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path):
+        sink, ballast = TensorBoardSink(tmp_path / "events"), Ballast(tmp_path / "ballast")
+        ballast.leave(0)
+        for step in range(200):
+            sink.write(step, {"loss": float(step)})
+        assert sum(path.stat().st_size for path in (tmp_path / "events").iterdir()) < 8192
+        ballast.remove()
+        sink.close()
+        events = EventAccumulator(str(tmp_path / "events"), size_guidance={"scalars": 0}).Reload()
+        assert [event.value for event in events.Scalars("loss")] == list(range(200))

@@ -1,4 +1,4 @@
-"""A file that lines are appended to, and that a full disk costs nothing but a delay."""
+"""A file that lines or records are appended to, and that a full disk costs nothing but a delay."""
 
 import errno
 import os

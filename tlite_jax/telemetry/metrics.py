@@ -5,9 +5,11 @@ the other processes pass no sinks.
 """
 
 import errno
+import itertools
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +21,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tlite_jax.errors import UserError
 from tlite_jax.telemetry.evaluated import Evaluated
@@ -28,6 +30,7 @@ from tlite_jax.telemetry.line_file import LineFile
 Metrics = dict[str, float]
 
 _OWN_KEYS = ("step", "time")  # what a line of JSONL says beside the metrics
+_numbers = itertools.count()  # of event files of this process
 
 
 class Sink(Protocol):
@@ -128,7 +131,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Scalars as TensorBoard events, without TensorFlow or torch.
+    """Scalars as TensorBoard events, without TensorFlow or torch; those that a full disk has no room for come later.
 
     Args:
       directory: gets one events file per try.
@@ -144,14 +147,17 @@ class TensorBoardSink:
             directory.mkdir(parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._writer = EventFileWriter(str(directory), flush_secs=10)
+            name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+            self._file = LineFile(directory / name)
+        self._records = RecordWriter(self._file)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resume_step is not None:
             start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+            self._add(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
     def write_evaluation(self, step: int, evaluated: Evaluated) -> None:
         self.write(step, evaluated.metrics)
@@ -159,10 +165,13 @@ class TensorBoardSink:
             plugin = SummaryMetadata.PluginData(plugin_name="text")
             tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
             value = Summary.Value(tag=name, tensor=tensor, metadata=SummaryMetadata(plugin_data=plugin))
-            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+            self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _add(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
