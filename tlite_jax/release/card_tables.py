@@ -110,8 +110,12 @@ def hardware(run: RunData) -> str:
         rows.append(("goodput", f"{run.account.goodput:.1%}"))
         environment = run.account.starts[-1].environment
         shown = ("devices", "processes", "mesh", "jax", "python", "tlite_jax")
-        rows += [(name, str(environment[name])) for name in shown if name in environment]
+        rows += [(name, _said(environment[name])) for name in shown if name in environment]
     return table(("", ""), rows)
+
+
+def _said(fact: object) -> str:
+    return " x ".join(f"{name} {size}" for name, size in fact.items()) if isinstance(fact, dict) else str(fact)
 
 
 def quantizations(result: ReleaseResult) -> str:
