@@ -122,7 +122,7 @@ def test_the_command_says_what_it_found(store: Path, tmp_path: Path) -> None:
     status, printed = call(str(store), "--json")
     values = json.loads(printed)
     assert (status, values["intact"], values["damages"][0]["file"]) == (1, False, "ru/held_out.bin")
-    with pytest.raises(UserError, match="is none of: buckets"):
+    with pytest.raises(UserError, match=r"is none of: .*buckets"):
         call(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         call(str(tmp_path / "nothing"))

@@ -23,6 +23,7 @@ from tlite_jax.config.watchdog import WatchdogConfig
 EXIT_RESTART = 76
 POLL_SECONDS = 1.0
 _LINGER_SECONDS = 3.0  # all processes have looked at the board by then
+_STDERR = 2  # the descriptor: what sys.stderr has been replaced with may have none
 _BACKSTOP_SECONDS = 120.0  # that the thread may be held up beyond a limit
 _RECENT_STEPS = 500
 _ENOUGH_STEPS = 8  # from which their percentile says something
@@ -111,7 +112,7 @@ class Watchdog:
         """Begins to watch; to be called on the main thread."""
         if self._config.enabled:
             # Written by the signal handler itself, which needs no lock, before the signal ends the process.
-            faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
+            faulthandler.register(signal.SIGALRM, file=_STDERR, all_threads=True, chain=True)
             self._thread.start()
         return self
 
@@ -162,7 +163,7 @@ class Watchdog:
         with suppress(Exception):
             sys.stderr.write(text)
             sys.stderr.flush()
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(_STDERR, all_threads=True)
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
