@@ -94,7 +94,7 @@ ARROWS = {
     ],
     "tlite_jax.checkpoint_slices": ["tlite_jax.errors", "tlite_jax.model"],
     # It names the order of the data by its segments, and reads no data.
-    "tlite_jax.checkpoint_seal": ["tlite_jax.config", "tlite_jax.verification"],
+    "tlite_jax.checkpoint_seal": ["tlite_jax.data.files", "tlite_jax.errors", "tlite_jax.verification"],
     "tlite_jax.checkpoint_saver": [
         "tlite_jax.checkpoint",
         "tlite_jax.checkpoint_seal",
@@ -114,6 +114,7 @@ ARROWS = {
         "tlite_jax.best",
         "tlite_jax.config",
         "tlite_jax.config_files",
+        "tlite_jax.data.files",
         "tlite_jax.data.segments",
         "tlite_jax.errors",
         "tlite_jax.model",

@@ -21,11 +21,12 @@ from jax.sharding import Mesh
 from pydantic import Field
 
 from tlite_jax.best import best_step_on_disk
-from tlite_jax.checkpoint_seal import seal, sync
+from tlite_jax.checkpoint_seal import seal
 from tlite_jax.checkpoint_slices import open_arrays, write_arrays
 from tlite_jax.config import ModelConfig, Section
 from tlite_jax.config.base import NonNegative
 from tlite_jax.config_files import parse
+from tlite_jax.data.files import sync
 from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
 from tlite_jax.model.decoder import param_specs

@@ -5,8 +5,6 @@ holds: Orbax promises nothing against either. XXH3-128 guards against accidents,
 means harm it is no signature.
 """
 
-import json
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -14,7 +12,8 @@ from typing import Any
 
 import xxhash
 
-from tlite_jax.config import digest
+from tlite_jax.data.files import read_json, sync, write_json
+from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage
 
 MANIFEST = "manifest.json"
@@ -77,13 +76,7 @@ def write_manifest(directory: Path, entries: Mapping[str, Entry]) -> None:
     """Seals a directory whose files are on the disk: their names first, then the manifest."""
     for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
         sync(path)
-    partial = directory / _PARTIAL
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(_text({"algorithm": _ALGORITHM, "files": dict(sorted(entries.items()))}))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(directory / MANIFEST)
-    sync(directory)
+    write_json(directory / MANIFEST, {"algorithm": _ALGORITHM, "files": dict(sorted(entries.items()))})
 
 
 def read_manifest(directory: Path) -> dict[str, Entry]:
@@ -92,18 +85,12 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
     Raises:
       UnsealedError: there is no manifest, or not the one that was written.
     """
+    if not (directory / MANIFEST).exists():
+        raise UnsealedError("missing")
     try:
-        text = (directory / MANIFEST).read_bytes().decode("utf-8")
-        values = json.loads(text)
-    except FileNotFoundError as error:
-        raise UnsealedError("missing") from error
-    except OSError as error:
-        raise UnsealedError(f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnsealedError("is not JSON") from error
-    # The text is compared too: some changed bytes are no other values.
-    if not isinstance(values, dict) or values.pop("digest", None) != digest(values) or text != _text(values):
-        raise UnsealedError("does not match its own digest")
+        values = read_json(directory / MANIFEST)
+    except UserError as error:
+        raise UnsealedError("is not what was written") from error
     if values.get("algorithm") != _ALGORITHM:
         raise UnsealedError(f"hashes with {values.get('algorithm')}, this version with {_ALGORITHM}")
     for name in values["files"]:
@@ -140,15 +127,6 @@ def strangers(directory: Path, entries: Collection[str]) -> list[str]:
     return [name for name in list_files(directory) if name not in entries]
 
 
-def sync(path: Path) -> None:
-    """Makes a file's content, or the names in a directory, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _entry(path: Path, report: Report = lambda size: None) -> Entry:
     hasher, size, buffer = xxhash.xxh3_128(), 0, bytearray(_CHUNK)
     view = memoryview(buffer)
@@ -158,7 +136,3 @@ def _entry(path: Path, report: Report = lambda size: None) -> Entry:
             size += count
             report(count)
     return {"bytes": size, "hash": hasher.hexdigest()}
-
-
-def _text(values: Mapping[str, Any]) -> str:
-    return json.dumps({**values, "digest": digest(dict(values))}, ensure_ascii=False, indent=1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from tlite_jax.config import digest
 from tlite_jax.data.blocks import BlockFile
-from tlite_jax.data.files import ChecksummedFile, sync_directory, write_json
+from tlite_jax.data.files import ChecksummedFile, sync, write_json
 from tlite_jax.data.row_format import FORMAT_VERSION, OFFSET, TOKEN, UNSCORED, Ints, Tokens, plain, row_records
 
 MANIFEST = "manifest.json"
@@ -125,7 +125,7 @@ class BucketWriter:
         }
         write_json(self._directory / MANIFEST, manifest)
         self._directory.rename(self._final)
-        sync_directory(self._final.parent)
+        sync(self._final.parent)
         return digest(manifest)
 
     def _count(self, tokens: Tokens, size: int, *, documents: int = 0, text_bytes: int = 0) -> None:

@@ -38,8 +38,8 @@ class ChecksummedFile:
         self._file.close()
 
 
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
+def sync(path: Path) -> None:
+    """Makes a file's content, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,7 +55,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tlite_jax.data.corpus import (
     write_quarantine,
 )
 from tlite_jax.data.exact_duplicates import exact_duplicates
-from tlite_jax.data.files import file_entry, sync_directory, write_json
+from tlite_jax.data.files import file_entry, sync, write_json
 from tlite_jax.data.near_duplicates import NearDuplicates, banding, near_duplicates
 from tlite_jax.data.preparation import SHARDS, Preparation, no_documents
 from tlite_jax.data.row_format import FORMAT_VERSION
@@ -149,7 +149,7 @@ def _write_duplicates(path: Path, corpus: Corpus, exact: Ints, near: NearDuplica
 def _clear(directory: Path) -> None:
     """Removes earlier buckets, the manifest first, so that what remains is never taken for whole."""
     (directory / MANIFEST).unlink(missing_ok=True)
-    sync_directory(directory)
+    sync(directory)
     for path in list(directory.iterdir()):
         if is_bucket(path):
             shutil.rmtree(path)

@@ -25,7 +25,7 @@ from tlite_jax.data.chat import ChatEncoder, ChatTemplate
 from tlite_jax.data.decontaminate import decontaminate
 from tlite_jax.data.documents import BadDocument, Document, Shard, read_piece
 from tlite_jax.data.evaluation_items import EvaluationItems
-from tlite_jax.data.files import ChecksummedFile, check_size, map_array, read_json, sync_directory, write_json
+from tlite_jax.data.files import ChecksummedFile, check_size, map_array, read_json, sync, write_json
 from tlite_jax.data.labels.labelling import Labelling
 from tlite_jax.data.near_duplicates import Signer, banding
 from tlite_jax.data.tokenize import Encoder, TokenizerFile
@@ -203,7 +203,7 @@ def _publish(partial: Path, final: Path, shard: Shard, settings: ShardSettings) 
             partial.rename(final)
         else:
             shutil.rmtree(partial, ignore_errors=True)
-    sync_directory(final.parent)
+    sync(final.parent)
     return final
 
 
