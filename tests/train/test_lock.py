@@ -24,8 +24,13 @@ def test_a_second_trainer_is_refused_and_harms_nothing(tmp_path: Path, monkeypat
 
 
 def test_a_lock_that_is_given_back_meanwhile_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = lock.locked(tmp_path)
+    first, waits = lock.locked(tmp_path), []
     first.__enter__()
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: first.__exit__(None, None, None))
+
+    def give_back(seconds: float) -> None:
+        waits.append(seconds)
+        first.__exit__(None, None, None)
+
+    monkeypatch.setattr(lock.time, "sleep", give_back)
     with lock.locked(tmp_path):
-        pass
+        assert len(waits) == 1
