@@ -4,7 +4,7 @@ CUDA ?= 12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-cluster test-smollm2 test-llama-cpp test-slurm test-gpu lint format types clean test-fuzz test-faults audit
+.PHONY: quickstart test test-trackers test-cluster test-smollm2 test-llama-cpp test-slurm test-gpu lint format types clean test-fuzz test-faults audit
 
 quickstart: $(VENV)/.installed          ## adapt a small real model to Russian on this machine
 	$(BIN)/python -m launch quickstart
@@ -14,6 +14,10 @@ test: lint types                        ## lint, types, tests
 
 test-eval: $(VENV)/.installed-eval      ## the tests that need lm-evaluation-harness (200 MB installed)
 	$(BIN)/python -m pytest tests/evaluate tests/launch/test_eval_command.py
+
+test-trackers: $(VENV)/.installed-test  ## what W&B and MLflow (170 MB installed) hold of a run, without a network
+	$(PIP) --editable '.[test,wandb,mlflow]'
+	$(BIN)/python -m pytest -rs tests/telemetry/test_trackers_real.py
 
 test-smollm2: $(VENV)/.installed-eval   ## the tests that need the real weights (a download of 93 MB)
 	$(BIN)/python -c "from launch.quickstart_parts.base_model import fetch_smollm2 as f; import pathlib; f(pathlib.Path('runs/smollm2'))"

@@ -54,6 +54,7 @@ def main(
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
     from tlite_jax.telemetry.goodput import process_age
+    from tlite_jax.telemetry.trackers.setup import check_trackers
     from tlite_jax.telemetry.watchdog import Watchdog
     from tlite_jax.train.run import open_run
 
@@ -61,6 +62,7 @@ def main(
     profile = Profile(profile_steps, loaded.output / "profile") if profile_steps is not None else None
     check_world(loaded, jax.process_count(), jax.local_device_count())
     check_evaluation(loaded)
+    check_trackers(loaded)
     if loaded.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
     number = jax.process_index()

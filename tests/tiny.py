@@ -131,6 +131,10 @@ def from_imported() -> list[str]:
     return ["model=null", *words]
 
 
+# With these, a run of some steps is the begin of one with more, up to 8.
+LONGER = (f"data.mixture.tokens={8 * BATCH_SIZE * LENGTH}", "schedule.name=constant_with_warmup")
+
+
 def write_config(path: Path, output: Path, **changes: Any) -> Path:
     """The config as a YAML file; JSON is YAML."""
     path.write_text(json.dumps({**values(data(), output), **changes}), encoding="utf-8")

@@ -23,6 +23,7 @@ from tlite_jax.config.base import (
 from tlite_jax.config.evaluation import EvaluationConfig
 from tlite_jax.config.mixture import DeclaredBucket, MixtureConfig
 from tlite_jax.config.prepare import PrepareConfig
+from tlite_jax.config.trackers import MlflowConfig, WandbConfig
 from tlite_jax.config.watchdog import WatchdogConfig
 
 
@@ -205,6 +206,8 @@ class TelemetryConfig(Section):
     prometheus: Path | None = Field(
         default=None, description="a .prom file for node_exporter's textfile collector; null: none"
     )
+    wandb: WandbConfig | None = Field(default=None, description="null: nothing is sent to Weights & Biases")
+    mlflow: MlflowConfig | None = Field(default=None, description="null: nothing is sent to MLflow")
     peak_flops_per_device: PositiveFloat | None = Field(default=None, description="null: looked up by device kind")
 
     @field_validator("prometheus")

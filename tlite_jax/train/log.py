@@ -13,6 +13,7 @@ from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter, Sink, TensorBoardSink
 from tlite_jax.telemetry.prometheus import PrometheusSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
+from tlite_jax.telemetry.trackers.setup import make_trackers
 from tlite_jax.train.anomalies import Anomalies
 from tlite_jax.train.run import Run
 
@@ -106,6 +107,7 @@ def writer(run: Run, console: Sink | None) -> Iterator[MetricsWriter]:
             sinks.append(TensorBoardSink(run.directory / "tensorboard", resume_step=resume))
         if telemetry.prometheus is not None:
             sinks.append(PrometheusSink(telemetry.prometheus, run.directory.resolve().name))
+        sinks += make_trackers(run.config, run.directory, start_step=resume, total_steps=run.total_steps)
         if telemetry.console and console is not None:
             sinks.append(console)
     with MetricsWriter(sinks) as metrics_writer:
