@@ -113,6 +113,8 @@ def test_a_tracker_that_hangs_holds_nothing_up(
     for step in range(1, 1001):
         written.write(step, {"loss": 1.0})
     assert time.monotonic() - began < 1.0
+    while not (tmp_path / "told").exists():  # so that the thread waits for an answer, for minutes
+        os.sched_yield()
     written.close()
     assert time.monotonic() - began < 10.0
     assert ended(told(tmp_path)[0]["pid"])
