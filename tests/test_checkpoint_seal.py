@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from tests import tiny
 from tests.test_checkpoint import meta, random_state
 from tlite_jax import checkpoint, checkpoint_saver
 from tlite_jax.checkpoint import find, steps_on_disk
+from tlite_jax.checkpoint_peers import Talk
 from tlite_jax.checkpoint_saver import saver
 from tlite_jax.checkpoint_seal import MANIFEST, list_files, seal, share, write_manifest
 from tlite_jax.checkpoint_verify import damages_of, set_damaged_aside, verify_checkpoint, verify_run
@@ -159,10 +161,10 @@ class Full:
     def __init__(self) -> None:
         self.now = True
 
-    def __call__(self, directory: Path) -> None:
+    def __call__(self, directory: Path, talk: Talk, then: Callable[[], None]) -> None:
         if self.now:
             raise OSError(28, "No space left on device")
-        seal(directory)
+        seal(directory, talk, then)
 
 
 def test_a_save_that_fails_gives_its_room_back_and_the_next_is_a_new_try(
@@ -202,9 +204,9 @@ def test_training_goes_on_without_a_checkpoint_but_does_not_end_without_one(
 ) -> None:
     disk = Full()
 
-    def full_until_the_end(directory: Path) -> None:
+    def full_until_the_end(directory: Path, talk: Talk, then: Callable[[], None]) -> None:
         disk.now = not directory.name.startswith(str(tiny.STEPS))
-        disk(directory)
+        disk(directory, talk, then)
 
     monkeypatch.setattr(checkpoint, "seal", full_until_the_end)
     run = tiny.config(tmp_path / "run", "checkpoint.every=2", *tiny.from_imported())

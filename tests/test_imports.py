@@ -94,9 +94,17 @@ ARROWS = {
     ],
     "tlite_jax.checkpoint_slices": ["tlite_jax.errors", "tlite_jax.model"],
     # It names the order of the data by its segments, and reads no data.
-    "tlite_jax.checkpoint_seal": ["tlite_jax.data.files", "tlite_jax.errors", "tlite_jax.verification"],
+    "tlite_jax.checkpoint_peers": [],
+    "tlite_jax.checkpoint_reader": ["tlite_jax.errors"],
+    "tlite_jax.checkpoint_seal": [
+        "tlite_jax.checkpoint_peers",
+        "tlite_jax.data.files",
+        "tlite_jax.errors",
+        "tlite_jax.verification",
+    ],
     "tlite_jax.checkpoint_saver": [
         "tlite_jax.checkpoint",
+        "tlite_jax.checkpoint_peers",
         "tlite_jax.checkpoint_seal",
         "tlite_jax.checkpoint_slices",
         "tlite_jax.config",
@@ -104,11 +112,14 @@ ARROWS = {
     ],
     "tlite_jax.checkpoint_verify": [
         "tlite_jax.checkpoint",
+        "tlite_jax.checkpoint_peers",
         "tlite_jax.checkpoint_seal",
         "tlite_jax.errors",
         "tlite_jax.verification",
     ],
     "tlite_jax.checkpoint": [
+        "tlite_jax.checkpoint_peers",
+        "tlite_jax.checkpoint_reader",
         "tlite_jax.checkpoint_seal",
         "tlite_jax.checkpoint_slices",
         "tlite_jax.best",

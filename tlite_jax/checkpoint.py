@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from pydantic import Field
 
 from tlite_jax.best import best_step_on_disk
+from tlite_jax.checkpoint_peers import Talk, alone
+from tlite_jax.checkpoint_reader import read_sharded
 from tlite_jax.checkpoint_seal import seal
 from tlite_jax.checkpoint_slices import open_arrays, write_arrays
 from tlite_jax.config import ModelConfig, Section
@@ -31,7 +33,7 @@ from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.optimizer import AdamState
-from tlite_jax.sharding import abstract_params, map_specs
+from tlite_jax.sharding import abstract_params
 from tlite_jax.train.state import abstract_state
 
 FORMAT_VERSION = 2  # 1: saved without a manifest
@@ -166,11 +168,7 @@ def _read_meta(directory: Path) -> Meta:
 
 def load_params(checkpoint: Checkpoint) -> dict[str, Any]:
     """Reads the parameters into host memory: a nested dict of numpy arrays, logical shapes, stored dtypes."""
-    specs = param_specs(checkpoint.meta.model)
-    as_numpy = map_specs(lambda spec: ocp.RestoreArgs(restore_type=np.ndarray), specs)
-    placeholders = map_specs(lambda spec: np.zeros((), np.float32), specs)
-    stored = _restore(checkpoint.path / "params", placeholders, as_numpy)
-    return map_specs(lambda spec, array: np.asarray(array)[tuple(map(slice, spec.shape))], specs, stored)
+    return jax.tree.map(np.asarray, open_params(checkpoint))
 
 
 def open_params(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -184,9 +182,7 @@ def open_params(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def restore_params(checkpoint: Checkpoint, mesh: Mesh, dtype: str = "float32") -> Any:
     """Reads the parameters into their shards on a mesh, padded for it whatever they were padded for."""
-    return _restore_sharded(
-        checkpoint.path / "params", abstract_params(param_specs(checkpoint.meta.model), mesh, dtype)
-    )
+    return read_sharded(checkpoint.path / "params", abstract_params(param_specs(checkpoint.meta.model), mesh, dtype))
 
 
 def restore_optimizer(checkpoint: Checkpoint, mesh: Mesh) -> AdamState:
@@ -198,25 +194,7 @@ def restore_optimizer(checkpoint: Checkpoint, mesh: Mesh) -> AdamState:
     if not checkpoint.has_optimizer:
         raise UserError(f"{checkpoint.path} holds no optimizer state; use init_from.optimizer: reset")
     abstract = abstract_state(checkpoint.meta.model, mesh).optimizer
-    return AdamState(**_restore_sharded(checkpoint.path / "optimizer", abstract._asdict()))
-
-
-def _restore_sharded(directory: Path, abstract: Any) -> Any:
-    # strict=False lets the stored, padded shape differ from the wanted one: the difference is padding, which is zero.
-    arguments = jax.tree.map(
-        lambda leaf: ocp.ArrayRestoreArgs(
-            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False
-        ),
-        abstract,
-    )
-    return _restore(directory, abstract, arguments)
-
-
-def _restore(directory: Path, item: Any, restore_args: Any) -> Any:
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
-        return checkpointer.restore(
-            directory.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-        )
+    return AdamState(**read_sharded(checkpoint.path / "optimizer", abstract._asdict()))
 
 
 def save_model(
@@ -256,11 +234,14 @@ def save_model(
     for arrays in (*partial.glob("params/*ocdbt*"), partial / "params" / "d"):
         shutil.rmtree(arrays) if arrays.is_dir() else arrays.unlink()
     write_arrays(partial / "params", params, report)
-    publish(partial, final)
+    publish(partial, final, alone())
 
 
-def publish(partial: Path, final: Path) -> None:
-    """Seals a checkpoint that is written and gives it its name."""
-    seal(partial)
-    partial.rename(final)
-    sync(final.parent)
+def publish(partial: Path, final: Path, talk: Talk) -> None:
+    """Seals a checkpoint that is written, each process what it has written, and gives it its name."""
+
+    def give_name() -> None:
+        partial.rename(final)
+        sync(final.parent)
+
+    seal(partial, talk, give_name)

@@ -1,7 +1,8 @@
 """Saving a run's checkpoints while it trains: in the background, sealed, as many as asked for.
 
 A save that fails (a full disk) costs the run nothing but that checkpoint: what it wrote is deleted, its reason is told
-once, and the next save is a new try.
+once, and the next save is a new try. Of several processes all come to the same end: when one fails, the others are told
+so while they write, and process 0 alone says that a checkpoint is whole.
 """
 
 import contextlib
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from tlite_jax.checkpoint import PARTIAL, Meta, publish, steps_on_disk
+from tlite_jax.checkpoint_peers import alone, new_talk, reason_of
 from tlite_jax.checkpoint_seal import PINNED
 from tlite_jax.checkpoint_slices import save_args
 from tlite_jax.config import CheckpointConfig
@@ -39,19 +40,20 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._failures: list[str] = []
-        self.failed_step: int | None = None  # the last one that came to nothing
+        self.failed_step: int | None = None  # that the last save came to nothing at
+        self._has_leftovers = False
         self._delete_leftovers()
-        self._checkpointer = _checkpointer()
+        self._talk = alone()
+        self._checkpointer = self._new_checkpointer()
 
     def save(self, state: TrainState, meta: Meta) -> None:
         """Starts saving; returns when the state's arrays may be donated. What goes wrong is told by `failures`."""
         self.wait()
-        self._delete_late_leftovers()
-        self._delete_old()
-        if shortage := self._shortage(state):
-            self._note(meta.step, shortage)
-            return
+        self._talk, self.failed_step = new_talk(f"save {meta.step}"), None
         try:
+            if shortage := self._make_room(state):
+                self._note(meta.step, shortage)
+                return
             self._checkpointer.save(
                 self._partial(meta.step),
                 args=ocp.args.Composite(
@@ -61,6 +63,7 @@ class Saver:
                 ),
             )
         except Exception as error:
+            self._talk.fail(error)
             self._give_up(meta.step, error)
             return
         self._thread = threading.Thread(target=self._finish, args=(meta.step,), name=str(meta.step))
@@ -94,10 +97,20 @@ class Saver:
         """In a thread of its own: until a checkpoint is whole, sealed and named."""
         try:
             self._checkpointer.wait_until_finished()
-            if jax.process_index() == 0:
-                publish(self._partial(step), self._directory / str(step))
+            publish(self._partial(step), self._directory / str(step), self._talk)
         except Exception as error:
+            self._talk.fail(error)
             self._error = error
+
+    def _new_checkpointer(self) -> ocp.AsyncCheckpointer:
+        # Not compressed: float32 weights and moments hardly shrink, and both saving and restoring wait for it.
+        arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer")}
+        handler = ocp.CompositeCheckpointHandler(**arrays, meta=ocp.JsonCheckpointHandler())
+
+        def meet(*, key: str, timeout_ms: int) -> None:  # Orbax's own barrier waits for a process that has failed
+            self._talk.meet(key)
+
+        return ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(barrier_sync_fn=meet))
 
     def _partial(self, step: int) -> Path:
         return self._directory / f"{step}{PARTIAL}"
@@ -106,25 +119,33 @@ class Saver:
         """Gives back the disk that a failed save holds."""
         with contextlib.suppress(Exception):  # it may know of the same failure
             self._checkpointer.close()
-        self._checkpointer = _checkpointer()
+        self._checkpointer = self._new_checkpointer()
         self._delete_leftovers()
-        reason = (str(error).strip().splitlines() or [""])[0]
-        self._note(step, f"{type(error).__name__}: {reason}")
+        self._has_leftovers = True
+        self._note(step, reason_of(error))
 
     def _note(self, step: int, reason: str) -> None:
         self.failed_step = step
         self._failures.append(f"checkpoint {step} was not saved: {reason}")
 
-    def _shortage(self, state: TrainState) -> str | None:
-        """Why there is no room for a state, on all processes alike."""
+    def _make_room(self, state: TrainState) -> str:
+        """Deletes what need not be kept; returns why there is no room for a state, "" when there is."""
         needed = int(_ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-        self._directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._directory).free
-        if jax.process_count() > 1:
-            free = int(multihost_utils.broadcast_one_to_all(free >> 20)) << 20
-        if free >= needed:
-            return None
-        return f"it takes {needed / 1e9:,.3g} GB, and {self._directory} has {free / 1e9:,.3g} GB left"
+
+        def delete(words: list[str]) -> str:  # all processes are here: none of them is writing
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._delete_late_leftovers()
+            self._delete_old()
+            return ""
+
+        def shortage(words: list[str]) -> str:
+            free = min(map(int, words))
+            if free >= needed:
+                return ""
+            return f"it takes {needed / 1e9:,.3g} GB, and {self._directory} has {free / 1e9:,.3g} GB left"
+
+        self._talk.meet("cleared", decide=delete)
+        return self._talk.meet("room", str(shutil.disk_usage(self._directory).free), shortage)
 
     def _delete_old(self) -> None:
         if jax.process_index() != 0:
@@ -138,8 +159,9 @@ class Saver:
 
     def _delete_late_leftovers(self) -> None:
         """Orbax's threads may write on for a moment after their save has failed."""
-        if self.failed_step is not None:
+        if self._has_leftovers:
             self._delete_leftovers()
+            self._has_leftovers = False
 
     def _delete_leftovers(self) -> None:
         """Gives back the disk that half-saved and half-deleted checkpoints of a killed process hold."""
@@ -148,12 +170,6 @@ class Saver:
         for pattern in (f"*{_DELETING}", f"*{PARTIAL}", "*.orbax-checkpoint-tmp*"):
             for leftover in self._directory.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _checkpointer() -> ocp.AsyncCheckpointer:
-    # Not compressed: float32 weights and moments hardly shrink, and both saving and restoring wait for it.
-    arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer")}
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**arrays, meta=ocp.JsonCheckpointHandler()))
 
 
 def _delete(directory: Path) -> None:

@@ -5,6 +5,8 @@ holds: Orbax promises nothing against either. XXH3-128 guards against accidents,
 means harm it is no signature.
 """
 
+import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -12,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from tlite_jax.checkpoint_peers import Talk
 from tlite_jax.data.files import read_json, sync, write_json
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage
@@ -22,6 +25,7 @@ _PARTIAL = f".{MANIFEST}.partial"
 _ALGORITHM = "xxh3_128"
 _CHUNK = 4 << 20
 _THREADS = 8
+_OF_PROCESS = re.compile(r"/(?:ocdbt\.)?process_(\d+)(?:/|$)")
 
 Entry = dict[str, Any]
 Report = Callable[[int], None]
@@ -31,13 +35,36 @@ class UnsealedError(Exception):
     """The manifest is missing or is not what was written; the message says which."""
 
 
-def seal(directory: Path) -> None:
-    """Makes a directory that this process alone has written durable and verifiable; its manifest is written last.
+def seal(directory: Path, talk: Talk, then: Callable[[], None] = lambda: None) -> None:
+    """Makes a directory durable and verifiable; its manifest is written last.
+
+    Each process brings to the disk and hashes the files that it has written, which are in its own memory still.
 
     Args:
       directory: all its files are complete. The name of the directory itself is the caller's to make durable.
+      talk: of the processes that have written it.
+      then: called in process 0 when it is sealed, before any process returns.
+
+    Raises:
+      PeerError: another process could not do its part; nothing is sealed then.
     """
-    write_manifest(directory, hash_files(directory, list_files(directory)))
+
+    def finish(words: list[str]) -> str:
+        entries = {name: entry for word in words for name, entry in json.loads(word).items()}
+        unknown = [name for name in list_files(directory) if name not in entries]
+        write_manifest(directory, {**entries, **hash_files(directory, unknown)})
+        then()
+        return ""
+
+    own = [name for name in list_files(directory) if _writer(name, talk.count) == talk.process]
+    talk.meet("sealed", json.dumps(hash_files(directory, own)), finish)
+
+
+def _writer(name: str, count: int) -> int:
+    """The process of `count` that has written a file: Orbax says so in its path."""
+    found = _OF_PROCESS.search(name)
+    process = int(found[1]) if found else 0
+    return process if process < count else 0
 
 
 def list_files(directory: Path) -> dict[str, int]:

@@ -3,18 +3,17 @@
 import json
 import sys
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from tlite_jax.checkpoint import Checkpoint, is_step, steps_on_disk
+from tlite_jax.checkpoint_peers import new_talk
 from tlite_jax.checkpoint_seal import MANIFEST, Entry, UnsealedError, check_files, read_manifest, share, strangers
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage, Progress, Verification
 
 DAMAGED = ".damaged"
+_NAMED = 100  # damages that a process tells the others of
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -74,20 +73,31 @@ def _verify(kind: str, path: Path, directories: Collection[Path], progress: Prog
 def damages_of(directory: Path, items: Collection[str] = ()) -> list[Damage]:
     """What is wrong with a step, or with some of its items: params, optimizer, meta.
 
-    All processes read a share of it, all find out together, each names its own part.
+    All processes call it; each reads a share, and all get what any has found.
+
+    Raises:
+      PeerError: a process did not come.
     """
+    talk = new_talk(f"verify {directory.name}")
+    found = _damages_of_share(directory, items, talk.process, talk.count)
+    if talk.count == 1:
+        return found
+
+    def unite(words: list[str]) -> str:
+        united = dict.fromkeys(Damage(**values) for word in words for values in json.loads(word))
+        return json.dumps([asdict(damage) for damage in united])
+
+    word = json.dumps([asdict(damage) for damage in found[:_NAMED]])
+    return [Damage(**values) for values in json.loads(talk.meet("verified", word, unite))]
+
+
+def _damages_of_share(directory: Path, items: Collection[str], process: int, count: int) -> list[Damage]:
     try:
         entries = read_manifest(directory)
     except UnsealedError as error:
         return [] if _is_older(directory) else [Damage(MANIFEST, str(error))]
     sizes = {name: entry["bytes"] for name, entry in entries.items() if not items or name.split("/")[0] in items}
-    mine = share(sizes, jax.process_index(), jax.process_count())
-    found = check_files(directory, {name: entries[name] for name in mine})
-    if jax.process_count() > 1:
-        counts = multihost_utils.process_allgather(np.int32(len(found)))
-        if not found and counts.any():
-            return [Damage("?", f"found by process {int(np.argmax(counts))}")]
-    return found
+    return check_files(directory, {name: entries[name] for name in share(sizes, process, count)})
 
 
 def require_intact(checkpoint: Checkpoint, items: Collection[str] = ()) -> None:
@@ -105,7 +115,8 @@ def set_damaged_aside(run: Path) -> None:
       UserError: there are steps, and none is intact; nothing is renamed then.
     """
     damaged: list[tuple[int, str]] = []
-    steps = steps_on_disk(run)
+    answer = new_talk("steps").meet("steps", decide=lambda words: json.dumps(steps_on_disk(run)))
+    steps: list[int] = json.loads(answer)
     for step in reversed(steps):
         found = damages_of(run / "checkpoints" / str(step))
         if not found:
@@ -118,13 +129,15 @@ def set_damaged_aside(run: Path) -> None:
             f"no checkpoint of {run} is intact; the newest, {damaged[0][0]}: {damaged[0][1]}; restore one from a copy, "
             "or choose another output"
         )
-    for step, why in damaged:
-        directory = run / "checkpoints" / str(step)
-        print(f"warning: {directory} is damaged and set aside: {why}", file=sys.stderr, flush=True)
-        if jax.process_index() == 0:
+
+    def rename(words: list[str]) -> str:
+        for step, why in damaged:
+            directory = run / "checkpoints" / str(step)
+            print(f"warning: {directory} is damaged and set aside: {why}", file=sys.stderr, flush=True)
             directory.rename(_free_name(directory))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        return ""
+
+    new_talk("damaged").meet("set aside", decide=rename)
 
 
 def _free_name(directory: Path) -> Path:

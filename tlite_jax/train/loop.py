@@ -202,14 +202,11 @@ def _loop(
 def _save_at_last(checkpoints: Saver, state: TrainState, meta: Meta) -> None:
     """Returns when the last checkpoint is on the disk. Raises OSError when it cannot be brought there."""
     checkpoints.wait()
-    if checkpoints.failed_step == meta.step and jax.process_count() == 1:
+    if checkpoints.failed_step == meta.step:  # all processes know it
         checkpoints.save(state, meta)  # what failed has given its room back
         checkpoints.wait()
-    failures = checkpoints.failures()
-    if checkpoints.failed_step == meta.step and failures:
-        raise OSError(failures[-1])
-    if jax.process_count() > 1:  # process 0 seals it
-        multihost_utils.sync_global_devices("last checkpoint saved")
+    if checkpoints.failed_step == meta.step:
+        raise OSError(checkpoints.failures()[-1])
 
 
 def _only_trainer(run: Run) -> AbstractContextManager[None]:

@@ -1,0 +1,209 @@
+"""Arrays of a checkpoint into their shards, as fast as its files can be read.
+
+TensorStore reads any array of any layout. A stored chunk that is, byte for byte, a part of a shard needs less:
+TensorStore says where in the files it lies (`tensorstore.ocdbt.dump`), and it is read from there into the shard.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import jax
+import numpy as np
+import tensorstore
+
+from tlite_jax.errors import UserError
+
+_THREADS = 4
+_READ_BYTES = 16 << 20
+_AHEAD_BYTES = 4 << 30  # of the host's memory, for shards on their way to devices
+_ALIGNMENT = 64
+
+Index = tuple[slice, ...]
+Shard = Any  # a numpy array
+
+
+class Place(NamedTuple):
+    """Where in a file a chunk lies."""
+
+    file: Path
+    offset: int
+    bytes: int
+
+
+def read_sharded(directory: Path, abstract: Any) -> Any:
+    """Reads an item of a checkpoint into the shards of this process.
+
+    Args:
+      directory: the item.
+      abstract: nested dict of ShapeDtypeStructs with shardings. Where the stored shape differs, the difference is
+        padding, which is zero; other dtypes are converted.
+
+    Returns:
+      Nested dict of arrays.
+
+    Raises:
+      UserError: an array is absent or cannot be read.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    item = _Item(directory)
+    done: list[jax.Array] = []
+    under_way: deque[_Reading] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for path, leaf in leaves:
+                under_way.append(_Reading(item, ".".join(key.key for key in path), leaf, pool))
+                while len(under_way) > 1 and sum(reading.bytes for reading in under_way) > _AHEAD_BYTES:
+                    done.append(under_way.popleft().array())
+            done += [under_way.popleft().array() for _ in range(len(under_way))]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return jax.tree.unflatten(structure, done)
+
+
+class _Reading:
+    """An array that is being read."""
+
+    def __init__(self, item: "_Item", name: str, leaf: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor) -> None:
+        self._leaf, self._name, self._directory = leaf, name, item.directory
+        self._shards: list[tuple[list[jax.Device], Shard]] = []
+        self._futures: list[Any] = []
+        stored = item.open(name)
+        by_index: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+            spans = tuple(
+                (part.start or 0, size if part.stop is None else part.stop)
+                for part, size in zip(index, leaf.shape, strict=True)
+            )
+            by_index.setdefault(spans, []).append(device)
+        for spans, devices in by_index.items():
+            shard = _empty(tuple(end - begin for begin, end in spans), leaf.dtype)
+            self._shards.append((devices, shard))
+            self._futures += item.read(name, stored, spans, shard, pool)
+        self.bytes = sum(shard.nbytes for _, shard in self._shards)
+
+    def array(self) -> jax.Array:
+        """Waits for it."""
+        try:
+            for future in self._futures:
+                future.result()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._directory}: {self._name} cannot be read: {str(error).splitlines()[0]}") from error
+        parts = [jax.device_put(shard, device) for devices, shard in self._shards for device in devices]
+        return jax.make_array_from_single_device_arrays(self._leaf.shape, self._leaf.sharding, parts)
+
+
+class _Item:
+    """One item of a checkpoint on disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        self._context = tensorstore.Context({"file_io_concurrency": {"limit": _THREADS}})
+        try:
+            self._store = tensorstore.KvStore.open(f"file://{self.directory}/", context=self._context).result()
+            self._places = dict(_places(self._store, self.directory))
+        except ValueError as error:
+            raise UserError(f"{directory} cannot be opened: {str(error).splitlines()[0]}") from error
+
+    def open(self, name: str) -> Any:
+        """One of its arrays."""
+        kvstore = {"driver": "ocdbt", "base": self._store.spec().to_json(), "path": f"{name}/"}
+        try:
+            return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=self._context).result()
+        except ValueError as error:
+            raise UserError(f"{self.directory}: {name} cannot be opened: {str(error).splitlines()[0]}") from error
+
+    def read(
+        self, name: str, stored: Any, spans: Sequence[tuple[int, int]], shard: Shard, pool: ThreadPoolExecutor
+    ) -> list[Any]:
+        """Begins to fill a shard with what lies at `spans` of an array; returns what is to be waited for."""
+        inside = [(begin, min(end, size)) for (begin, end), size in zip(spans, stored.shape, strict=True)]
+        if inside != list(spans):
+            shard[...] = 0
+        if any(begin >= end for begin, end in inside):
+            return []
+        pieces = self._pieces(name, stored, spans, inside, shard)
+        if pieces is not None:
+            return [
+                pool.submit(_fill, place, piece, begin)
+                for place, piece in pieces
+                for begin in range(0, place.bytes, _READ_BYTES)
+            ]
+        source = stored[tuple(slice(*span) for span in inside)]
+        into = shard[(*(slice(0, end - begin) for begin, end in inside), ...)]
+        origin = [begin for begin, _ in inside]
+        target = tensorstore.array(into)[tensorstore.d[:].translate_to[origin]] if origin else tensorstore.array(into)
+        return [target.write(tensorstore.cast(source, shard.dtype))]
+
+    def _pieces(
+        self, name: str, stored: Any, spans: Sequence[tuple[int, int]], inside: Sequence[tuple[int, int]], shard: Shard
+    ) -> list[tuple[Place, memoryview]] | None:
+        """The chunks of a shard and where each belongs in it; None when they are not parts of it byte for byte."""
+        layout = stored.spec().to_json()["metadata"]
+        if layout.get("compressor") or layout.get("filters") or layout.get("order") != "C":
+            return None
+        if stored.dtype.numpy_dtype != shard.dtype or not shard.ndim:
+            return None
+        chunks = layout["chunks"]
+        separator = layout.get("dimension_separator", ".")
+        pieces = []
+        for number in itertools.product(
+            *(range(begin // chunk, -(-end // chunk)) for (begin, end), chunk in zip(inside, chunks, strict=True))
+        ):
+            box = [(n * chunk, (n + 1) * chunk) for n, chunk in zip(number, chunks, strict=True)]
+            if any(low < begin or high > end for (low, high), (begin, end) in zip(box, inside, strict=True)):
+                return None
+            piece = shard[
+                tuple(slice(low - begin, high - begin) for (low, high), (begin, _) in zip(box, spans, strict=True))
+            ]
+            place = self._places.get(f"{name}/{separator.join(map(str, number))}")
+            if not piece.flags.c_contiguous or place is None or place.bytes != piece.nbytes:
+                return None
+            pieces.append((place, memoryview(piece.reshape(-1).view(np.uint8))))
+        return pieces
+
+
+def _places(store: Any, directory: Path) -> Iterator[tuple[str, Place]]:
+    """Where the chunks of an item lie, by key; those that lie in the index itself are left out."""
+    manifest = tensorstore.ocdbt.dump(store).result()
+    nodes = [(manifest["versions"][-1]["root"].get("location"), b"")]
+    while nodes:
+        location, prefix = nodes.pop()
+        if location is None:
+            continue
+        node = tensorstore.ocdbt.dump(store, location).result()
+        for entry in node["entries"]:
+            key = prefix + entry["key"]
+            if node["height"]:
+                nodes.append((entry["location"], key[: len(prefix) + entry["subtree_common_prefix_length"]]))
+            elif "indirect_value" in entry:
+                _, base, file, offset, size = entry["indirect_value"].split(":")
+                path = directory / (unquote(base) + unquote(file))
+                yield key.decode(), Place(path, int(offset), int(size))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> Shard:
+    """Memory that a device which is the host takes over as it is."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _fill(place: Place, piece: memoryview, begin: int) -> None:
+    """Reads a part of a chunk from its file."""
+    end = min(begin + _READ_BYTES, place.bytes)
+    file = os.open(place.file, os.O_RDONLY)
+    try:
+        while begin < end:
+            count = os.preadv(file, [piece[begin:end]], place.offset + begin)
+            if not count:
+                raise OSError(f"{place.file} ends early")
+            begin += count
+    finally:
+        os.close(file)
