@@ -21,6 +21,7 @@ from tlite_jax.checkpoint_seal import MANIFEST, list_files, seal, share, write_m
 from tlite_jax.checkpoint_verify import damages_of, set_damaged_aside, verify_checkpoint, verify_run
 from tlite_jax.config import CheckpointConfig
 from tlite_jax.errors import UserError
+from tlite_jax.train.loop import _save_at_last
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -218,6 +219,22 @@ def test_training_goes_on_without_a_checkpoint_but_does_not_end_without_one(
     monkeypatch.setattr(checkpoint, "seal", Full())
     with pytest.raises(OSError, match=f"checkpoint {tiny.STEPS} was not saved: OSError: .*No space"):
         tiny.start(tiny.config(tmp_path / "other", *tiny.from_imported()))
+
+
+def test_the_last_save_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, state = Full(), random_state(tiny.mesh(1, 1))
+
+    def full_once(directory: Path, talk: Talk, then: Callable[[], None]) -> None:
+        try:
+            disk(directory, talk, then)
+        finally:
+            disk.now = False
+
+    monkeypatch.setattr(checkpoint, "seal", full_once)
+    with saver(tmp_path, CheckpointConfig()) as saving:
+        saving.save(state, meta(1))
+        _save_at_last(saving, state, meta(1))
+    assert steps_on_disk(tmp_path) == [1]
 
 
 def test_a_pinned_step_is_kept(tmp_path: Path) -> None:
