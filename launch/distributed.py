@@ -1,19 +1,27 @@
 """Joining a job of several processes."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from launch.abort import Overheard, restart_on_abort
 from launch.world import World, find_world, given_world, gpu_ids, outside_of_srun
 from tlite_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 10  # a dead process is noticed after about this long; jax's default is 100
+JOIN_SECONDS = 300.0  # jax's default
+_GRACE_SECONDS = 10  # by which process 0, who knows who is absent, is to say so before the others give up
 
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def initialize(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, join_seconds: float = JOIN_SECONDS
+) -> None:
     """Connects this process to its job, if it is part of one; to be called before jax looks for devices.
 
     Without arguments a job is recognised by torchrun's, Kubernetes', Open MPI's or Slurm's environment variables, and
@@ -23,13 +31,14 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
       coordinator: "host:port" of process 0.
       num_processes: in the job.
       process_id: 0-based.
+      join_seconds: that all processes have to come in; past it jax aborts this one (`launch.abort`).
 
     Raises:
       UserError: some of the three given, or the job cannot be joined.
     """
     world = given_world(coordinator, num_processes, process_id) or find_world(os.environ, socket.getfqdn)
     if world is not None:
-        _join(world)
+        _join(world, join_seconds)
     elif on_tpu(os.environ, Path("/dev")):
         _join_tpu_pod()
     elif tasks := outside_of_srun(os.environ):
@@ -40,25 +49,61 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         )
 
 
-def _join(world: World) -> None:
+def _join(world: World, join_seconds: float) -> None:
     import jax
 
     own = gpu_ids(world, count_gpus(os.environ))
+    seconds = max(1, round(join_seconds))
     try:
-        jax.distributed.initialize(
-            world.coordinator,
-            world.num_processes,
-            world.process_id,
-            local_device_ids=own,
-            cluster_detection_method="deactivate",  # it would choose one GPU where `own` is None, all of them
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        with Overheard() as overheard, _naming_the_absent(seconds):
+            restart_on_abort(lambda: absent(overheard.text(), world, seconds))
+            jax.distributed.initialize(
+                world.coordinator,
+                world.num_processes,
+                world.process_id,
+                local_device_ids=own,
+                cluster_detection_method="deactivate",  # it would choose one GPU where `own` is None, all of them
+                initialization_timeout=seconds + _GRACE_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        restart_on_abort()
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(
             f"process {world.process_id} of {world.num_processes} ({world.found_by}) cannot join the job at "
             f"{world.coordinator}: {line}"
         ) from error
+
+
+def absent(said: str, world: World, seconds: int) -> str:
+    """Who has not come to the job, from what jax says when it gives up."""
+    limit = f"within {seconds} s (watchdog.join), start the job again"
+    named = re.search(r"timed out task names:\n((?:\S+\n)+)", said)
+    if named is None:
+        return f"process 0 was not reached at {world.coordinator} {limit}"
+    numbers = [name.rpartition(":")[2] for name in named[1].split()]
+    who = f"process {numbers[0]} has" if len(numbers) == 1 else f"processes {', '.join(numbers)} have"
+    return f"{who} not come {limit}"
+
+
+@contextmanager
+def _naming_the_absent(seconds: int) -> Iterator[None]:
+    """Lets process 0's service end the wait for all processes, with the names of those that have not come.
+
+    jax does not pass this limit on, an hour by default, so that processes give up without having been told.
+    """
+    try:
+        from jax._src.lib import _jax
+
+        real = _jax.get_distributed_runtime_service
+    except (ImportError, AttributeError):  # another jax: the same wait, without names
+        yield
+        return
+    _jax.get_distributed_runtime_service = partial(real, cluster_register_timeout=seconds)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_service = real
 
 
 def _join_tpu_pod() -> None:

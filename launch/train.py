@@ -2,18 +2,21 @@
 
 import signal
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tlite_jax.errors import UserError
+
 if TYPE_CHECKING:
+    from launch.pace import PaceWatch
     from launch.profile import Profile
     from tlite_jax.train.loop import Result
     from tlite_jax.train.run import Run
+    from tlite_jax.train.step import Step
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -44,16 +47,18 @@ def main(
     from launch.preemption import EXIT_PREEMPTED, ignore_signals, notice_signals
 
     notice_signals()
-    initialize(coordinator, num_processes, process_id)
+    initialize(coordinator, num_processes, process_id, _join_seconds(config, overrides or ()))
     import jax
 
+    from launch.abort import LOST, restart_on_abort
     from launch.lost_peer import restart_when_alone
     from launch.mesh_fit import check_world
+    from launch.pace import watch_pace
     from launch.peers import job_board
     from launch.profile import Profile
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
-    from tlite_jax.telemetry.goodput import process_age
+    from tlite_jax.telemetry.goodput import FILE, note_end, process_age
     from tlite_jax.telemetry.trackers.setup import check_trackers
     from tlite_jax.telemetry.watchdog import Watchdog
     from tlite_jax.train.run import open_run
@@ -67,9 +72,22 @@ def main(
         jax.config.update("jax_compilation_cache_dir", str(loaded.compilation_cache.resolve()))
     number = jax.process_index()
     stacks = loaded.output / "watchdog" / f"rank-{number}.log"
-    with closing(Watchdog(loaded.watchdog, stacks, number, job_board()).start()) as watchdog, restart_when_alone():
+    board = job_board()
+
+    def ended(why: str) -> str:
+        if number == 0:
+            note_end(loaded.output / FILE, why)
+        return why
+
+    if board is not None:
+        restart_on_abort(lambda: ended(LOST))
+    with ExitStack() as stack:
+        watchdog = Watchdog(loaded.watchdog, stacks, number, board, ended=lambda why: ended(f"watchdog: {why}")).start()
+        stack.enter_context(closing(watchdog))
+        pace = stack.enter_context(watch_pace(loaded, board, number, jax.process_count()))
+        stack.enter_context(restart_when_alone())
         run = open_run(loaded, mesh=make_mesh(loaded.mesh), allow_change=allow_change)
-        result = train_run(run, init_seconds=process_age(), profile=profile, entered=watchdog.enter)
+        result = train_run(run, init_seconds=process_age(), profile=profile, pace=pace, entered=watchdog.enter)
     ignore_signals()
     if result.stopped is not None:
         raise typer.Exit(EXIT_FAILED)
@@ -77,10 +95,22 @@ def main(
         raise typer.Exit(EXIT_PREEMPTED if result.signal == signal.SIGTERM else EXIT_INTERRUPTED)
 
 
+def _join_seconds(config: Path, overrides: Sequence[str]) -> float:
+    """That the other processes have to come in; a config that cannot be read is refused when they have."""
+    from tlite_jax.config import WatchdogConfig
+    from tlite_jax.config_files import load_config
+
+    try:
+        return load_config(config, overrides).watchdog.join
+    except UserError:
+        return WatchdogConfig().join
+
+
 def train_run(
     run: "Run",
     init_seconds: float = 0.0,
     profile: "Profile | None" = None,
+    pace: "PaceWatch | None" = None,
     entered: Callable[[str], object] = lambda section: None,
 ) -> "Result":
     """Trains a run on all devices there are, with the console and the evaluation that its config asks for.
@@ -89,6 +119,7 @@ def train_run(
       run: from `open_run`.
       init_seconds: that starting has taken so far, for the account of the run's time.
       profile: of some of its steps.
+      pace: compares this process's with the others'.
       entered: called with each section of `telemetry.goodput` that begins.
     """
     import jax
@@ -111,8 +142,18 @@ def train_run(
     evaluate = make_evaluation(run, mesh) if run.config.evaluation.every else None
     spent = {"init": init_seconds, "evaluation": time.monotonic() - began}
     with profile or nullcontext():
-        around = partial(profile.around, start_step=run.start_step) if profile is not None else None
-        result = train(run, mesh, console=console, evaluate=evaluate, spent=spent, around_step=around, entered=entered)
+
+        def around(step_fn: "Step") -> "Step":
+            for watch in (pace, profile):
+                step_fn = watch.around(step_fn, run.start_step) if watch is not None else step_fn
+            return step_fn
+
+        def enter(section: str) -> None:
+            entered(section)
+            if pace is not None:
+                pace.enter(section)
+
+        result = train(run, mesh, console=console, evaluate=evaluate, spent=spent, around_step=around, entered=enter)
     if jax.process_index() == 0:
         _plot(run, evaluate)
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")

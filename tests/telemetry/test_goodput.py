@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tlite_jax.errors import UserError
-from tlite_jax.telemetry.goodput import PARTS, Stopwatch, account, read_starts
+from tlite_jax.telemetry.goodput import PARTS, Stopwatch, account, note_end, read_starts
 
 
 class Clock:
@@ -66,6 +66,30 @@ def test_steps_done_again_are_lost_and_the_gap_is_a_wait(tmp_path: Path, clock: 
     assert result.parts["step"] == pytest.approx(2.0 * 60)
     assert result.parts["restore"] == 1.0
     assert result.seconds == pytest.approx(50 * 2 + 60 + 30 * 2, abs=1e-6)
+
+
+def test_a_start_that_the_watchdog_ended_says_so_and_its_being_stuck_is_a_wait(tmp_path: Path, clock: Clock) -> None:
+    train(begin(tmp_path / "t", clock), clock, 0, 51, 2.0)
+    clock.now += 300  # stuck in its next step
+    note_end(tmp_path / "t", "watchdog: process 1 is stuck")
+    note_end(tmp_path / "t", "again")
+    clock.now += 60
+    stopwatch = begin(tmp_path / "t", clock, step=30, init=5.0)
+    train(stopwatch, clock, 30, 60, 2.0)
+    stopwatch.close("done")
+    note_end(tmp_path / "t", "again")
+    result = account(read_starts(tmp_path / "t"))
+    assert [start.status for start in result.starts] == ["watchdog: process 1 is stuck", "done"]
+    assert result.parts["lost"] == pytest.approx(2.0 * 21)
+    assert result.parts["step"] == pytest.approx(2.0 * 60)
+    assert result.parts["restart_wait"] == pytest.approx(300 + 60 - 5)
+    assert result.parts["init"] == 5.0
+    assert result.seconds == pytest.approx(51 * 2 + 300 + 60 + 30 * 2)
+
+
+def test_where_there_is_no_account_no_end_is_noted(tmp_path: Path) -> None:
+    note_end(tmp_path / "t", "watchdog")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_clock_set_back_makes_no_negative_wait(tmp_path: Path, clock: Clock) -> None:

@@ -175,6 +175,23 @@ def read_starts(path: Path) -> tuple[Start, ...]:
     return tuple(_start(group) for group in groups)
 
 
+def note_end(path: Path, status: str) -> None:
+    """Notes how a start ended that cannot say so itself, being stuck; the time since its last line is not counted.
+
+    Nothing is written where it has said how it ended, or there is no file.
+
+    Raises:
+      OSError: the file cannot be read or written.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    last = json.loads(lines[-1]) if lines else {"event": "end"}
+    if last["event"] != "end":
+        last.pop("environment", None)
+        line = json.dumps({**last, "event": "end", "status": status}, ensure_ascii=False)
+        with path.open("ab") as file:
+            file.write(line.encode() + b"\n")
+
+
 def account(starts: Sequence[Start]) -> Account:
     """Adds up the starts of a run.
 

@@ -86,6 +86,7 @@ class Watchdog:
       file: where stacks go, besides standard error; its directory is made when there are any.
       process: of the job, 0-based.
       board: of the job; None where this process is alone.
+      ended: told why, before it ends.
       leave: ends the process.
       clock: seconds, monotonic.
     """
@@ -97,11 +98,12 @@ class Watchdog:
         process: int = 0,
         board: Board | None = None,
         *,
+        ended: Callable[[str], object] = lambda reason: None,
         leave: Callable[[int], object] = os._exit,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._config, self._file, self._process, self._board = config, file, process, board
-        self._leave, self._clock = leave, clock
+        self._ended, self._leave, self._clock = ended, leave, clock
         self._limits = Limits(config)
         self._now = ("init", clock())
         self._batch_began: float | None = None
@@ -170,6 +172,8 @@ class Watchdog:
                 file.write(text)
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(Exception):
+            self._ended(reason)
         if self._board is not None:
             # On a thread of its own: one that cannot reach the board must end all the same.
             threading.Thread(target=_tell, args=(self._board, reason), daemon=True).start()

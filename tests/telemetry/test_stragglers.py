@@ -1,0 +1,86 @@
+"""Which process is slow, from what all of them measured."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tlite_jax.telemetry.stragglers import WINDOW, Finding, Judge, Pace
+
+HEALTHY = Pace("n0", data_wait=0.01, other=0.02, device=2.0, unit=0.010, stalled=0.0)
+
+
+def job(size: int, changed: dict[int, Pace], noise: float = 0.0, seed: int = 0) -> dict[int, Pace]:
+    """An interval; each number is off by some noise, as it is on real machines."""
+    chance = np.random.default_rng(seed)
+    paces = {}
+    for number in range(size):
+        pace = changed.get(number, HEALTHY)._replace(host=f"n{number}")
+        numbers = {
+            field: value * float(np.exp(noise * chance.normal()))
+            for field, value in zip(pace._fields[1:], pace[1:], strict=True)
+        }
+        paces[number] = pace._replace(**numbers)
+    return paces
+
+
+def judged(size: int, changed: dict[int, Pace], *, intervals: int = WINDOW, noise: float = 0.0) -> list[Finding]:
+    judge = Judge(1.2)
+    return [found for seed in range(intervals) for found in judge.add(job(size, changed, noise, seed))]
+
+
+@pytest.mark.parametrize("size", [2, 3, 96])
+def test_one_that_waits_for_data_is_named_with_its_part(size: int) -> None:
+    # It starts its steps late, and the devices of all are done soon after.
+    late = HEALTHY._replace(data_wait=2.24, other=0.56)
+    (found,) = judged(size, {1: late})
+    assert (found.process, found.host, found.slow) == (1, "n1", True)
+    assert found.ratio == pytest.approx(2.8 / 2.0)
+    assert found.text() == (
+        "process 1 (n1) is 1.4 times slower than the median of the others: "
+        "data wait 80%, the rest of its host's work 20%"
+    )
+
+
+def test_waiting_that_the_devices_hide_is_no_matter() -> None:
+    assert not judged(3, {1: HEALTHY._replace(data_wait=1.9)})
+
+
+def test_one_with_slow_devices_is_named_although_all_steps_take_as_long() -> None:
+    paces = dict.fromkeys(range(4), HEALTHY._replace(device=2.6)) | {2: HEALTHY._replace(device=2.6, unit=0.013)}
+    (found,) = judged(4, paces)
+    assert found.process == 2
+    assert found.ratio == pytest.approx(1.3)
+    assert "its devices take 1.3 times as long for the same work" in found.text()
+
+
+def test_two_slow_ones_are_both_named() -> None:
+    found = judged(8, dict.fromkeys((3, 6), HEALTHY._replace(data_wait=4.0)))
+    assert sorted(one.process for one in found) == [3, 6]
+
+
+def test_noise_alone_names_nobody_and_a_slow_one_is_found_in_it() -> None:
+    assert not judged(16, {}, intervals=200, noise=0.1)
+    (found,) = judged(16, {5: HEALTHY._replace(unit=0.02)}, intervals=200, noise=0.1)
+    assert found.process == 5
+
+
+def test_a_single_slow_interval_names_nobody() -> None:
+    judge = Judge(1.2)
+    slow = {1: HEALTHY._replace(data_wait=30.0)}
+    assert not [found for number in range(20) for found in judge.add(job(4, slow if number == 10 else {}))]
+
+
+def test_it_is_told_once_and_once_more_when_it_is_over() -> None:
+    judge = Judge(1.2)
+    slow = {1: HEALTHY._replace(data_wait=3.0)}
+    told = [judge.add(job(4, slow)) for _ in range(20)]
+    assert [len(found) for found in told] == [0, 0, 0, 1] + [0] * 16
+    assert judge.slowest == (1, pytest.approx(3.02 / 2.0))
+    after = list(itertools.chain.from_iterable(judge.add(job(4, {})) for _ in range(20)))
+    assert [found.text() for found in after] == ["process 1 (n1) keeps up with the others again"]
+
+
+def test_one_that_stands_still_says_so() -> None:
+    (found,) = judged(3, {0: HEALTHY._replace(unit=0.02, stalled=0.5)})
+    assert "it stood still 50% of the time" in found.text()

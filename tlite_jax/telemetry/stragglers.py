@@ -1,0 +1,152 @@
+"""Which process of a job the others wait for, and why. Pure: what each process measured comes in, findings go out.
+
+A sharded step takes equally long on all processes: its collectives wait for the slowest one. So each process measures
+what is its own, and the pace that it would have alone is worked out from that:
+
+    max(its host's own time between two steps, the device time of a step x how slow its devices are)
+
+The host's own time is waiting for data and everything else that the training thread does but waiting for devices. The
+device time of a step is the least that any process saw between starting it and its end: the last one to start it waits
+for nobody. How slow devices are is measured by a computation that takes part in no collective. A process is a
+straggler when its pace is that much worse than the median of the others', in most of the last intervals, and by more
+than the others' noise.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+WINDOW = 8  # intervals that are looked at
+_ENOUGH = 4  # from which they say something
+_NOISE = 5 * 1.4826  # median absolute deviations of the others; 1.4826 of them are a standard deviation
+
+
+class Pace(NamedTuple):
+    """What one process measured over an interval of steps, in seconds.
+
+    Attributes:
+      host: the machine's name.
+      data_wait, other: of the host's own time, a step.
+      device: from starting a step, nothing else under way, to its end.
+      unit: that a fixed computation took on its devices alone.
+      stalled: share of the time in which the whole process stood still.
+    """
+
+    host: str
+    data_wait: float
+    other: float
+    device: float
+    unit: float
+    stalled: float
+
+
+class Finding(NamedTuple):
+    """A process that has become a straggler, or has ceased to be one.
+
+    Attributes:
+      ratio: its time for a step over the median of the others'; medians over the window, as all numbers here.
+      data_wait, other: shares of its time for a step.
+      device_ratio: its `unit` over the median of the others'.
+    """
+
+    process: int
+    host: str
+    slow: bool
+    ratio: float
+    data_wait: float
+    other: float
+    device_ratio: float
+    stalled: float
+
+    def text(self) -> str:
+        """One line for people."""
+        name = f"process {self.process} ({self.host})"
+        if not self.slow:
+            return f"{name} keeps up with the others again"
+        host = f"data wait {self.data_wait:.0%}, the rest of its host's work {self.other:.0%}"
+        causes = [host]
+        if self.data_wait + self.other < 0.99:
+            causes.insert(0, f"its devices take {self.device_ratio:.1f} times as long for the same work")
+        if self.stalled >= 0.1:
+            causes.append(f"it stood still {self.stalled:.0%} of the time (stopped, throttled, or no CPU left for it)")
+        return f"{name} is {self.ratio:.1f} times slower than the median of the others: {', '.join(causes)}"
+
+
+class Judge:
+    """Compares processes over the last intervals.
+
+    Args:
+      slow_ratio: from which a process is a straggler.
+    """
+
+    def __init__(self, slow_ratio: float):
+        self._slow_ratio = slow_ratio
+        self._intervals: deque[Mapping[int, Finding]] = deque(maxlen=WINDOW)
+        self._slow: set[int] = set()
+        self.slowest: tuple[int, float] | None = None
+        """The process with the worst pace and its ratio; None before there are enough intervals."""
+
+    def add(self, paces: Mapping[int, Pace]) -> list[Finding]:
+        """Takes what all processes measured over the same interval; returns what is new."""
+        self._intervals.append(compare(paces))
+        if len(self._intervals) < _ENOUGH:
+            return []
+        summary = {process: self._over_window(process) for process in paces}
+        worst = max(summary.values(), key=lambda one: one.ratio)
+        self.slowest = worst.process, worst.ratio
+        found = []
+        for process, one in summary.items():
+            if process not in self._slow and self._is_slow(process, one.ratio):
+                self._slow.add(process)
+                found.append(one)
+            elif process in self._slow and one.ratio < 1 + (self._slow_ratio - 1) / 2:
+                self._slow.remove(process)
+                found.append(one._replace(slow=False))
+        return found
+
+    def _over_window(self, process: int) -> Finding:
+        ones = [interval[process] for interval in self._intervals]
+        parts = ("ratio", "data_wait", "other", "device_ratio", "stalled")
+        return ones[-1]._replace(**{part: median(getattr(one, part) for one in ones) for part in parts})
+
+    def _is_slow(self, process: int, ratio: float) -> bool:
+        mine = [interval[process].ratio for interval in self._intervals]
+        others = [
+            one.ratio
+            for interval in self._intervals
+            for number, one in interval.items()
+            if number != process and number not in self._slow
+        ]
+        center = median(others) if others else 1.0
+        noise = median(abs(other - center) for other in others) if others else 0.0
+        often = sum(one >= self._slow_ratio for one in mine) >= 0.75 * len(mine)
+        return often and ratio >= max(self._slow_ratio, center + _NOISE * noise)
+
+
+def compare(paces: Mapping[int, Pace]) -> dict[int, Finding]:
+    """One interval: each process against the median of the others."""
+    step = min(pace.device for pace in paces.values())
+    slowest_unit = max(pace.unit for pace in paces.values())
+    alone = {
+        process: max(pace.data_wait + pace.other, step * pace.unit / slowest_unit) for process, pace in paces.items()
+    }
+    result = {}
+    for process, pace in paces.items():
+        others = [number for number in paces if number != process]
+        result[process] = Finding(
+            process,
+            pace.host,
+            True,
+            _ratio(alone[process], [alone[number] for number in others]),
+            pace.data_wait / alone[process] if alone[process] else 0.0,
+            pace.other / alone[process] if alone[process] else 0.0,
+            _ratio(pace.unit, [paces[number].unit for number in others]),
+            pace.stalled,
+        )
+    return result
+
+
+def _ratio(value: float, others: Sequence[float]) -> float:
+    middle = median(others) if others else value
+    return value / middle if middle else 1.0
