@@ -62,12 +62,13 @@ class Overheard:
         self._thread.join(1.0)
         os.close(self._real)
 
-    def text(self) -> str:
-        """All that was written up to now, where the last of it was written a moment ago."""
+    def last_words(self) -> str:
+        """All that was written, where the last of it was written a moment ago; from now on nothing is overheard."""
         length = -1
         while length != len(self._text):
             length = len(self._text)
             time.sleep(0.1)
+        os.dup2(self._real, _STDERR)
         return self._text.decode(errors="replace")
 
     def _pass_on(self) -> None:

@@ -16,7 +16,7 @@ from tlite_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 10  # a dead process is noticed after about this long; jax's default is 100
 JOIN_SECONDS = 300.0  # jax's default
-_GRACE_SECONDS = 10  # by which process 0, who knows who is absent, is to say so before the others give up
+_GRACE_SECONDS = 5  # by which process 0, who knows who is absent, is to say so before the others give up
 
 
 def initialize(
@@ -56,7 +56,7 @@ def _join(world: World, join_seconds: float) -> None:
     seconds = max(1, round(join_seconds))
     try:
         with Overheard() as overheard, _naming_the_absent(seconds):
-            restart_on_abort(lambda: absent(overheard.text(), world, seconds))
+            restart_on_abort(lambda: absent(overheard.last_words(), world, seconds))
             jax.distributed.initialize(
                 world.coordinator,
                 world.num_processes,

@@ -27,6 +27,8 @@ FAULTS = (
     Fault("cuts", "a truncated file", 200, ("-m", "tests.faults.flips", "--flips", "0", "--cuts", "{}")),
     Fault("disk", "a disk that fills up while training", 50, ("-m", "tests.faults.disk", "--count", "{}")),
     Fault("ranks", "SIGTERM to one of four processes", 50, ("-m", "tests.faults.ranks", "--count", "{}")),
+    Fault("lost", "a process killed, stopped, stuck or absent", 20, ("-m", "tests.faults.lost", "--count", "{}")),
+    Fault("slow", "a slow process", 3, ("-m", "tests.faults.slow", "--count", "{}")),
     Fault("models", "a spoiled model file", 20_000, ("-m", "tests.bridge.fuzzing", "--count", "{}")),
     Fault("prepare", "SIGKILL while preparing", 300, (*PYTEST, "tests/data/test_workers.py")),
     Fault("hostile", "hostile files, code in data", 1, (*PYTEST, "tests/bridge/test_hostile.py", "tests/faults")),

@@ -31,7 +31,7 @@ from tlite_jax.config_files import save_config
 PROCESSES, GONE_SECONDS, START_SECONDS = 3, 15.0, 240.0
 MANY_STEPS = 20_000
 JOIN_SECONDS, STEP_FLOOR = 4.0, 4.0
-STUCK_AT, SLOW_FROM = 14, 2
+STUCK_AT, SLOW_FROM = 14, 3
 RESTART = 76
 
 Patch = Callable[[], None]
@@ -71,8 +71,18 @@ def _in_error() -> None:
     _change_batches(fail)
 
 
-def _slow_data() -> None:
-    _change_batches(lambda number: time.sleep(0.15) if number >= SLOW_FROM else None)
+def slow_data() -> None:
+    """Waits for each batch longer than a step takes, however busy the machine is."""
+    returned, longest = [0.0], 0.1
+
+    def wait(number: int) -> None:
+        nonlocal longest
+        if number > SLOW_FROM:
+            longest = max(longest, time.monotonic() - returned[0])
+            time.sleep(min(2.0, 1.5 * longest))
+        returned[0] = time.monotonic()
+
+    _change_batches(wait)
 
 
 def _change_batches(before: Callable[[int], Any]) -> None:

@@ -2,8 +2,9 @@
 
     python -m tests.faults.slow data stopped throttled none --seed 1
 
-`data`: it waits 0.15 s for each batch. `stopped`: SIGSTOP and SIGCONT take turns, 60 ms each. `throttled`: a control
-group gives it a fifth of a core (root, cgroup v2 or v1 with the cpu controller). `none`: 40 looks without a finding.
+`data`: it waits for each batch, longer than a step takes. `stopped`: SIGSTOP and SIGCONT take turns, 60 ms each.
+`throttled`: a control group gives it a fifth of a core (root, cgroup v2 or v1 with the cpu controller). `none`: 40
+looks without a finding. The faults of `tests.faults.lost` can be named, too: data and programs are prepared once for all.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def look(stage: lost.Stage, name: str, chance: np.random.Generator) -> dict[str,
     """
     rank = int(chance.integers(lost.PROCESSES))
     changes = {"watchdog": {"pace_every": EVERY}}
-    job = stage.job({rank: lost._slow_data} if name == "data" else {}, **changes)
+    job = stage.job({rank: lost.slow_data} if name == "data" else {}, **changes)
     file = stage.run / "stragglers.jsonl"
     last = LOOKS * EVERY if name == "none" else None
     try:
@@ -100,7 +101,7 @@ def look(stage: lost.Stage, name: str, chance: np.random.Generator) -> dict[str,
 def main() -> None:
     """Looks at jobs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=list(ACTS), metavar="KIND", help=", ".join(ACTS))
+    parser.add_argument("kinds", nargs="*", default=list(ACTS), metavar="KIND", help=", ".join([*ACTS, *lost.FAULTS]))
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -108,7 +109,8 @@ def main() -> None:
         stage = lost.Stage(Path(scratch))
         for number in range(arguments.count):
             for name in arguments.kinds:
-                found = look(stage, name, np.random.default_rng([arguments.seed, number]))
+                suffer_or_look = look if name in ACTS else lost.suffer
+                found = suffer_or_look(stage, name, np.random.default_rng([arguments.seed, number]))
                 print(json.dumps({"number": number, **found}), flush=True)
 
 

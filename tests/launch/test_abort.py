@@ -25,7 +25,9 @@ restart_on_abort(lambda: "process 2 is gone")
 waits_here()
 """
 WORLD = World("n0:4000", 8, 3, 1, 0, "a test")
-SAID = "Barrier timed out.\n# of tasks that reached the barrier: {}/8.\nSome timed out task names:\n{}\n\nRPC: /Register"
+SAID = (
+    "Barrier timed out.\n# of tasks that reached the barrier: {}/8.\nSome timed out task names:\n{}\n\nRPC: /Register"
+)
 
 
 @pytest.mark.parametrize("abort", ["threading.Thread(target=ctypes.CDLL(None).abort).start()", "os.abort()"])
@@ -42,10 +44,13 @@ def test_what_native_code_says_is_heard_and_passed_on(capfd: pytest.CaptureFixtu
     with Overheard() as overheard:
         os.write(2, b"task ")
         os.write(2, b"5\n")
-        assert overheard.text() == "task 5\n"
+        assert overheard.last_words() == "task 5\n"
+        os.write(2, b"error: process 5\n")  # with nobody left to pass it on
     os.write(2, b"more\n")
-    assert capfd.readouterr().err == "task 5\nmore\n"
-    assert overheard.text() == "task 5\n"
+    assert capfd.readouterr().err == "task 5\nerror: process 5\nmore\n"
+    with Overheard() as overheard:
+        os.write(2, b"all is well\n")
+    assert capfd.readouterr().err == "all is well\n"
 
 
 @pytest.mark.parametrize(
