@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,8 +75,9 @@ def main(
     board = job_board()
 
     def ended(why: str) -> str:
-        if number == 0:
-            note_end(loaded.output / FILE, why)
+        with suppress(Exception):
+            if number == 0:
+                note_end(loaded.output / FILE, why)
         return why
 
     if board is not None:

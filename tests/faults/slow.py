@@ -4,7 +4,7 @@
 
 `data`: it waits for each batch, longer than a step takes. `stopped`: SIGSTOP and SIGCONT take turns, 60 ms each.
 `throttled`: a control group gives it a fifth of a core (root, cgroup v2 or v1 with the cpu controller). `none`: 40
-looks without a finding. The faults of `tests.faults.lost` can be named, too: data and programs are prepared once for all.
+looks without a finding. Faults of `tests.faults.lost` can be named, too: data and programs are prepared once for all.
 """
 
 import argparse
