@@ -12,6 +12,8 @@ import typer
 from tlite_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from launch.pace import PaceWatch
     from launch.profile import Profile
     from tlite_jax.train.loop import Result
@@ -123,14 +125,37 @@ def train_run(
       pace: compares this process's with the others'.
       entered: called with each section of `telemetry.goodput` that begins.
     """
+    from tlite_jax.sharding import make_mesh
+    from tlite_jax.train.spike_rewind import train_to_the_end
+
+    mesh = make_mesh(run.config.mesh)
+
+    def enter(section: str) -> None:
+        entered(section)
+        if pace is not None:
+            pace.enter(section)
+
+    def train_once(now: "Run") -> "Result":
+        return _train_once(now, mesh, init_seconds if now is run else 0.0, (pace, profile), enter)
+
+    with profile or nullcontext():
+        return train_to_the_end(train_once, run, mesh)
+
+
+def _train_once(
+    run: "Run",
+    mesh: "Mesh",
+    init_seconds: float,
+    watches: "tuple[PaceWatch | Profile | None, ...]",
+    entered: Callable[[str], object],
+) -> "Result":
+    """Trains until the end or a spike."""
     import jax
 
     from launch.evaluation import make_evaluation
-    from tlite_jax.sharding import make_mesh
     from tlite_jax.telemetry.console import ConsoleSink
     from tlite_jax.train.loop import train
 
-    mesh = make_mesh(run.config.mesh)
     console = None
     if jax.process_index() == 0 and run.config.telemetry.console:
         config = run.config
@@ -142,19 +167,13 @@ def train_run(
     entered("evaluation" if run.config.evaluation.every else "other")
     evaluate = make_evaluation(run, mesh) if run.config.evaluation.every else None
     spent = {"init": init_seconds, "evaluation": time.monotonic() - began}
-    with profile or nullcontext():
 
-        def around(step_fn: "Step") -> "Step":
-            for watch in (pace, profile):
-                step_fn = watch.around(step_fn, run.start_step) if watch is not None else step_fn
-            return step_fn
+    def around(step_fn: "Step") -> "Step":
+        for watch in watches:
+            step_fn = watch.around(step_fn, run.start_step) if watch is not None else step_fn
+        return step_fn
 
-        def enter(section: str) -> None:
-            entered(section)
-            if pace is not None:
-                pace.enter(section)
-
-        result = train(run, mesh, console=console, evaluate=evaluate, spent=spent, around_step=around, entered=enter)
+    result = train(run, mesh, console=console, evaluate=evaluate, spent=spent, around_step=around, entered=entered)
     if jax.process_index() == 0:
         _plot(run, evaluate)
         print(f"{run.directory}: step {result.step} of {run.total_steps}, {_ending(result)}")

@@ -156,9 +156,13 @@ ARROWS = {
         "tlite_jax.report.read",
     ],
     "tlite_jax.train.lock": ["tlite_jax.errors"],
+    "tlite_jax.train.directory": ["tlite_jax.config", "tlite_jax.data.segments", "tlite_jax.errors"],
     "tlite_jax.train.run": ["tlite_jax"],
     "tlite_jax.train.rewind": ["tlite_jax"],
     "tlite_jax.train.anomalies": ["tlite_jax"],
+    "tlite_jax.train.spike_detector": ["tlite_jax.config"],
+    "tlite_jax.train.spikes": ["tlite_jax"],
+    "tlite_jax.train.spike_rewind": ["tlite_jax"],
     "tlite_jax.train.log": ["tlite_jax"],
     "tlite_jax.train.loop": ["tlite_jax"],
 }

@@ -30,7 +30,8 @@ from tlite_jax.sharding import make_mesh, unpad_params
 from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.metrics import read_jsonl
 from tlite_jax.train import loop, step
-from tlite_jax.train.run import open_run
+from tlite_jax.train.run import Run, open_run
+from tlite_jax.train.spike_rewind import train_to_the_end
 
 VOCAB_SIZE, LENGTH, BATCH_SIZE, STEPS = 307, 16, 24, 6
 # 307, 20 and 30 do not divide over 8 shards: another mesh has another padding.
@@ -155,9 +156,13 @@ def start(
     around_step: Callable[[step.Step], step.Step] | None = None,
 ) -> loop.Result:
     """Starts a run or goes on with it, as the command does."""
-    run = open_run(config, mesh=on or mesh(), allow_change=allow_change)
+    on = on or mesh()
+
+    def train_once(run: Run) -> loop.Result:
+        return loop.train(run, on, evaluate=evaluate, around_step=around_step)
+
     with mock.patch.object(loop, "make_step", make_quick_step):
-        return loop.train(run, on or mesh(), evaluate=evaluate, around_step=around_step)
+        return train_to_the_end(train_once, open_run(config, mesh=on, allow_change=allow_change), on)
 
 
 class Evaluation:

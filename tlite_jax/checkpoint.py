@@ -40,6 +40,14 @@ FORMAT_VERSION = 2  # 1: saved without a manifest
 PARTIAL = ".partial"
 
 
+class Recent(Section):
+    """The steps before a checkpoint, by which a run that goes on from it tells spikes."""
+
+    losses: tuple[float, ...] = ()
+    gradient_norms: tuple[float, ...] = ()
+    spikes: tuple[NonNegative, ...] = Field(default=(), description="steps of the row of spikes that has not ended")
+
+
 class Meta(Section):
     """What the arrays of a checkpoint mean."""
 
@@ -55,6 +63,7 @@ class Meta(Section):
     origin: str
     config: dict[str, Any] | None = None
     tensor_dtypes: dict[str, str] = Field(default={})
+    recent: Recent = Recent()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 import importlib
 from types import ModuleType
@@ -9,6 +9,12 @@ class UserError(ValueError):
 
     The command line prints it without a trace and exits with status 2.
     """
+
+
+class SpikesError(RuntimeError):
+    """The loss has spiked again after as many automatic rewinds as a run may make; the command ends with status 77."""
+
+    exit_status = 77
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

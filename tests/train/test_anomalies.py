@@ -14,7 +14,7 @@ from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.config import RunConfig
 from tlite_jax.data.buckets import BucketStore
 from tlite_jax.errors import UserError
-from tlite_jax.train.anomalies import FILE
+from tlite_jax.train.directory import ANOMALIES_FILE as FILE
 from tlite_jax.train.run import open_run
 
 

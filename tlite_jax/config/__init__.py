@@ -39,6 +39,9 @@ from tlite_jax.config.run import (
     TelemetryConfig,
     TrainConfig,
 )
+from tlite_jax.config.spikes import (
+    SpikesConfig,
+)
 from tlite_jax.config.watchdog import (
     WatchdogConfig,
 )
@@ -68,6 +71,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "SourceConfig",
+    "SpikesConfig",
     "TelemetryConfig",
     "TrainConfig",
     "WatchdogConfig",

@@ -23,6 +23,7 @@ from tlite_jax.config.base import (
 from tlite_jax.config.evaluation import EvaluationConfig
 from tlite_jax.config.mixture import DeclaredBucket, MixtureConfig
 from tlite_jax.config.prepare import PrepareConfig
+from tlite_jax.config.spikes import SpikesConfig
 from tlite_jax.config.trackers import MlflowConfig, WandbConfig
 from tlite_jax.config.watchdog import WatchdogConfig
 
@@ -150,6 +151,7 @@ class TrainConfig(Section):
     max_skipped_in_a_row: Positive = Field(
         default=5, description="the run fails after so many steps in a row whose loss or gradients are not finite"
     )
+    spikes: SpikesConfig = SpikesConfig()
 
 
 class MeshConfig(Section):

@@ -24,11 +24,13 @@ class Rewind:
       to: the step asked for.
       skip: first and last step skipped, if any.
       directory: where the checkpoints go.
+      automatic: whether the run itself has declared it; it then finishes it itself.
     """
 
     to: int
     skip: tuple[int, int] | None
     directory: str
+    automatic: bool = False
 
     @property
     def words(self) -> str:
@@ -71,7 +73,9 @@ def read_segments(run: Path) -> tuple[tuple[Segment, ...], Rewind | None]:
         segments = tuple(Segment(**segment) for segment in values["segments"])
         rewind = values["rewind"]
         skip = tuple(rewind["skip"]) if rewind and rewind["skip"] else None
-        return segments, Rewind(rewind["to"], skip, rewind["directory"]) if rewind else None
+        if not rewind:
+            return segments, None
+        return segments, Rewind(rewind["to"], skip, rewind["directory"], rewind.get("automatic", False))
     except (UserError, KeyError, TypeError) as error:
         mend = "delete it to go on with the segments that the checkpoint records"
         raise UserError(f"{run / SEGMENTS_FILE} is damaged; {mend}") from error

@@ -14,16 +14,18 @@ import numpy as np
 from tlite_jax.data.replay import contents
 from tlite_jax.errors import UserError
 from tlite_jax.telemetry.metrics import replace_file
+from tlite_jax.train.directory import ANOMALIES_FILE
 from tlite_jax.train.run import Run
 
-FILE = "anomalies.jsonl"
+NOT_FINITE, SPIKE = "not_finite", "spike"
 
 
 class Anomalies:
-    """Counts skipped steps and writes them down.
+    """Counts skipped steps and writes all that went wrong down.
 
     Attributes:
       in_a_row: skipped steps up to now without one between them that was not.
+      num_spikes: steps up to now that were written down as spikes.
 
     Args:
       run: lines of steps after the one that it goes on from, left by a try that was interrupted, are removed.
@@ -33,13 +35,14 @@ class Anomalies:
     """
 
     def __init__(self, run: Run):
-        self._run, self._path = run, run.directory / FILE
+        self._run, self._path = run, run.directory / ANOMALIES_FILE
         self._writes = jax.process_index() == 0
         before = run.start_step if run.resumed else -1
-        lines = [(step, line) for step, line in _lines(self._path) if step <= before]
-        self.in_a_row = _streak([step for step, _ in lines], run.start_step)
+        lines = [found for found in _lines(self._path) if found[0] <= before]
+        self.in_a_row = _streak([step for step, kind, _ in lines if kind == NOT_FINITE], run.start_step)
+        self.num_spikes = sum(kind == SPIKE for _, kind, _ in lines)
         if self._writes and self._path.exists():
-            replace_file(self._path, b"".join(line for _, line in lines))
+            replace_file(self._path, b"".join(line for _, _, line in lines))
 
     def skipped(self, step: int, loss: float, gradient_norm: float) -> None:
         """Writes a skipped step down, with its loss and gradient norm, and counts it.
@@ -48,7 +51,7 @@ class Anomalies:
           FloatingPointError: it is the last of `train.max_skipped_in_a_row`.
         """
         self.in_a_row += 1
-        self._write(step, {"kind": "not_finite", "loss": str(loss), "gradient_norm": str(gradient_norm)})
+        self.note(step, {"kind": NOT_FINITE, "loss": str(loss), "gradient_norm": str(gradient_norm)})
         if self.in_a_row >= self._run.config.train.max_skipped_in_a_row:
             first = step - self.in_a_row + 1
             which = f"step {step}" if first == step else f"steps {first} to {step}"
@@ -58,6 +61,11 @@ class Anomalies:
                 f"python -m launch rewind {self._run.directory} --skip {first}..{step}"
             )
 
+    def spiked(self, step: int, values: dict[str, Any]) -> None:
+        """Writes a spike down and counts it."""
+        self.num_spikes += 1
+        self.note(step, {"kind": SPIKE, **values})
+
     def check_saved(self, params: Any) -> None:
         """Raises FloatingPointError when steps are being skipped because parameters are not finite any more."""
         if self.in_a_row and not bool(_finite(params)):
@@ -66,7 +74,8 @@ class Anomalies:
                 "the newest checkpoint with a lower optimizer.learning_rate"
             )
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def note(self, step: int, values: dict[str, Any]) -> None:
+        """Writes a step down, with what its batch held; on process 0."""
         if not self._writes:
             return
         run = self._run
@@ -89,20 +98,21 @@ def _streak(steps: list[int], last: int) -> int:
     return int(np.cumprod(found == last - np.arange(len(found))).sum())
 
 
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """(step, line) of a file that may be absent; a last line torn by a crash is left out."""
+def _lines(path: Path) -> list[tuple[int, str, bytes]]:
+    """(step, kind, line) of a file that may be absent; a last line torn by a crash is left out."""
     if not path.exists():
         return []
     result = []
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            step = json.loads(line)["step"]
+            record = json.loads(line)
+            step, kind = record["step"], record["kind"]
             whole = isinstance(step, int) and line.endswith(b"\n")
         except (ValueError, TypeError, KeyError):
             whole = False
         if whole:
-            result.append((step, line))
+            result.append((step, kind, line))
         elif number < len(lines):
             raise UserError(f"{path}:{number} is not a line of anomalies; remove that line or move the file away")
     return result

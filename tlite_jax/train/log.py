@@ -16,6 +16,7 @@ from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flo
 from tlite_jax.telemetry.trackers.setup import make_trackers
 from tlite_jax.train.anomalies import Anomalies
 from tlite_jax.train.run import Run
+from tlite_jax.train.spikes import Spikes
 
 
 class Log:
@@ -27,6 +28,7 @@ class Log:
         self._every, self._total = config.train.log_every, run.total_steps
         self._writer = writer
         self.anomalies = Anomalies(run)
+        self.spikes = Spikes(run, self.anomalies)
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         peak = config.telemetry.peak_flops_per_device or peak_flops(mesh.devices.flat[0].device_kind)
         self._throughput = Throughput(
@@ -50,10 +52,11 @@ class Log:
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Logs the step noted last, waiting for it. A skipped step is logged whatever `train.log_every` says.
+        """Logs the step noted last, waiting for it. A skipped or spiking one is logged whatever `train.log_every` is.
 
         Raises:
           FloatingPointError: as `Anomalies.skipped` does.
+          SpikeFoundError, SpikesError: as `Spikes.decide` does.
         """
         if self._pending is None:
             return
@@ -64,14 +67,16 @@ class Log:
             self.first_step_seconds = time.monotonic() - self._began
             first = {"first_step_seconds": self.first_step_seconds}
         skipped = bool(metrics["skipped"])  # reading it waits for the step, logged or not: the host stays one ahead
-        if skipped or step % self._every == 0 or step == self._total:
+        spike = {} if skipped else self.spikes.see(step, float(metrics["loss"]), float(metrics["gradient_norm"]))
+        if skipped or spike or step % self._every == 0 or step == self._total:
             values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
             values["tokens_seen"] = float(step * self._tokens_per_step)
-            self.write(step, {**values, **first, **self._throughput.update(step, time.monotonic())})
+            self.write(step, {**values, **spike, **first, **self._throughput.update(step, time.monotonic())})
         if skipped:
             self.anomalies.skipped(step, float(metrics["loss"]), float(metrics["gradient_norm"]))
         else:
             self.anomalies.in_a_row = 0
+            self.spikes.decide()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes at once."""

@@ -25,6 +25,7 @@ from tlite_jax.telemetry.resources import Resources
 from tlite_jax.train.lock import locked
 from tlite_jax.train.log import Log, writer
 from tlite_jax.train.run import Run, first_state
+from tlite_jax.train.spikes import SpikeFoundError, kept_to_go_back
 from tlite_jax.train.state import TrainState
 from tlite_jax.train.step import Step, check_batch, make_step
 
@@ -50,14 +51,14 @@ class Result:
     """How a call of `train` ended.
 
     Attributes:
-      step, state: where.
+      step, state: where; state None: at a spike, of which nothing is saved.
       signal: the one that stopped it early, if any.
       first_step_seconds: until the first step was seen to be done, compilation included; None when there was none.
       stopped: why an evaluation ended it early; None: it did not.
     """
 
     step: int
-    state: TrainState
+    state: TrainState | None
     signal: int | None
     first_step_seconds: float | None
     stopped: str | None = None
@@ -88,6 +89,8 @@ def train(
     Raises:
       UserError: a batch that does not divide over the mesh; damaged data.
       FloatingPointError: `train.max_skipped_in_a_row` steps were skipped in a row; none of them is saved.
+      SpikeFoundError: the run is to go back before a spike: `train.spike_rewind.train_to_the_end` does it.
+      SpikesError: it has gone back too often.
     """
     config = run.config
     assert config.model is not None
@@ -111,7 +114,11 @@ def train(
         start_row=run.rows_consumed,
         document_masking=config.data.document_masking,
     )
-    kept = evaluate.kept if evaluate is not None else lambda steps: ()
+
+    def kept(steps: Collection[int]) -> Collection[int]:
+        by_evaluation = evaluate.kept(steps) if evaluate is not None else ()
+        return {*by_evaluation, *kept_to_go_back(config.train.spikes, steps)}
+
     # Signals are ours until the last checkpoint is whole.
     with (
         _only_trainer(run),
@@ -122,7 +129,15 @@ def train(
     ):
         with watch.section("restore"):
             state = jax.block_until_ready(first_state(run, mesh))
-        result = _loop(run, state, step_fn, data, checkpoints, Log(run, mesh, metrics_writer), stop, evaluate, watch)
+        log = Log(run, mesh, metrics_writer)
+        try:
+            result = _loop(run, state, step_fn, data, checkpoints, log, stop, evaluate, watch)
+        except SpikeFoundError as spike:
+            if stop.signal is None:
+                watch.close("went back before a spike")
+                raise
+            # There is no time to go back; the next start meets the same spike.
+            result = Result(spike.last, None, stop.signal, log.first_step_seconds)
         watch.close(_status(result))
         return result
 
@@ -150,7 +165,7 @@ def _loop(
         if step != saved:  # the disk would not tell: that save may be under way
             with watch.section("checkpoint"):
                 log.anomalies.check_saved(state.params)
-                checkpoints.save(state, run.meta(step))
+                checkpoints.save(state, run.meta(step, log.spikes.recent))
             saved = step
             log.write_failures(step, checkpoints.failures())
 
@@ -194,7 +209,7 @@ def _loop(
         run_evaluation()
     save()
     with watch.section("checkpoint"):
-        _save_at_last(checkpoints, state, run.meta(step))
+        _save_at_last(checkpoints, state, run.meta(step, log.spikes.recent))
     watch.reached(step)
     return Result(step, state, stop.signal, log.first_step_seconds, stopped)
 

@@ -14,23 +14,24 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tlite_jax import checkpoint as checkpoints
-from tlite_jax.checkpoint import Checkpoint, Meta
+from tlite_jax.checkpoint import Checkpoint, Meta, Recent
 from tlite_jax.checkpoint_verify import require_intact, set_damaged_aside
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore
 from tlite_jax.data.mixture import make_plan
 from tlite_jax.data.order import Plan
-from tlite_jax.data.segment_files import SEGMENTS_FILE, read_timeline, timeline_of, write_timeline
+from tlite_jax.data.segment_files import SEGMENTS_FILE, read_segments, read_timeline, timeline_of, write_timeline
 from tlite_jax.data.segments import Segment, Timeline, describe_change
 from tlite_jax.data.tokenize import check_vocabulary, load_tokenizer
 from tlite_jax.errors import UserError
 from tlite_jax.sharding import CONTEXT
 from tlite_jax.train.context import check_context
+from tlite_jax.train.directory import CONFIG_FILE, count_steps
+from tlite_jax.train.lock import locked
+from tlite_jax.train.rewind import finish_automatic
 from tlite_jax.train.state import TrainState, init_state, start_state
 from tlite_jax.train.step import check_batch
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Run:
         """Rows read by the batches completed."""
         return self.resumed.meta.rows_consumed if self.resumed else 0
 
-    def meta(self, step: int) -> Meta:
+    def meta(self, step: int, recent: Recent) -> Meta:
         """What a checkpoint after `step` batches says of itself."""
         rows = self.rows_consumed + (step - self.start_step) * self.config.train.batch_size
         assert self.config.model is not None
@@ -83,6 +84,7 @@ class Run:
             origin=self._origin(),
             config=self.config.model_dump(mode="json"),
             tensor_dtypes=source.meta.tensor_dtypes if source else {},
+            recent=recent,
         )
 
     def _origin(self) -> str:
@@ -147,6 +149,7 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     """
     if mesh is not None:
         check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
+    _finish_rewind(config.output)
     set_damaged_aside(config.output)
     config, base, resumed = resolve(config)
     if base is not None:
@@ -179,6 +182,16 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     else:
         schedule_offset = base.step + base.meta.schedule_offset if carried and base is not None else 0
     return Run(config, directory, timeline, store, base, resumed, schedule_offset, total_steps)
+
+
+def _finish_rewind(directory: Path) -> None:
+    """Finishes what the run itself has begun and a kill has interrupted."""
+    _, pending = read_segments(directory)
+    if jax.process_index() == 0 and pending is not None and pending.automatic:
+        with locked(directory):
+            finish_automatic(directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("rewind finished")
 
 
 def first_state(run: Run, mesh: Mesh) -> TrainState:
@@ -235,6 +248,9 @@ def _timeline(config: RunConfig, store: BucketStore, resumed: Checkpoint | None)
     """What the run reads from its first row to its last, and how that differs from what it has declared, if it does."""
     if resumed is None:
         plan = _plan(config, store, None, 0)
+        declared_segments, _ = read_segments(config.output)
+        if declared_segments and declared_segments[-1].plan_hash == plan.hash:  # it has gone back to its beginning
+            return timeline_of(config.output, declared_segments), None
         return Timeline((Segment(0, plan.hash),), {plan.hash: plan}), None
     row = resumed.meta.rows_consumed
     declared = read_timeline(config.output, resumed.meta.segments)
@@ -253,23 +269,6 @@ def _timeline(config: RunConfig, store: BucketStore, resumed: Checkpoint | None)
         "from here"
     )
     return declared.then(row, _plan(config, store, declared, row)), change
-
-
-def count_steps(config: RunConfig, timeline: Timeline) -> tuple[int, int]:
-    """Batches that the config asks for, and those that there are when some are skipped.
-
-    Raises:
-      UserError: not even one.
-    """
-    batch_size = config.train.batch_size
-    intended = config.train.steps or (timeline.total_rows + timeline.skipped_rows) // batch_size
-    total = min(intended, timeline.total_rows // batch_size) if timeline.skipped_rows else intended
-    if not total:
-        raise UserError(
-            f"the mixture has {timeline.total_rows} rows, less than a batch of {batch_size}; "
-            "enlarge data.mixture or lower train.batch_size"
-        )
-    return intended, total
 
 
 def _with_cosine_length(config: RunConfig, total_steps: int) -> RunConfig:
