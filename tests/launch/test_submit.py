@@ -132,7 +132,7 @@ def test_names_from_a_config_never_reach_a_shell_unquoted(
 @pytest.mark.parametrize(
     ("status", "restarts", "asked", "finished"),
     [(0, 0, False, "0"), (75, 3, True, None), (76, 3, True, None), (137, 0, True, None), (75, 100, False, None)]
-    + [(status, 0, False, str(status)) for status in (1, 2, 130)],
+    + [(status, 0, False, str(status)) for status in (1, 2, 77, 78, 130)],
 )
 def test_what_each_exit_status_leads_to(
     status: int, restarts: int, asked: bool, finished: str | None, submit: Callable[..., Ended], tmp_path: Path
@@ -387,7 +387,7 @@ def test_what_the_pods_are_told(submit: Callable[..., Ended]) -> None:
     assert (spec["failurePolicy"]["maxRestarts"], jobset["metadata"]["name"]) == (7, "run-stage1")
     job = spec["replicatedJobs"][0]["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["completionMode"]) == (12, 12, "Indexed")
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 130]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 77, 78, 130]
     pod = job["template"]["spec"]
     assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 120)
     (container,) = pod["containers"]
