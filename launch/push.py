@@ -1,13 +1,16 @@
 """`python -m launch push RELEASE ORG/NAME`: a gated release to the Hugging Face hub."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tlite_jax.errors import UserError
 
-_IGNORED = (".partial", ".lock")
+if TYPE_CHECKING:
+    from tlite_jax.release.result import ReleaseResult
+
+_MEND = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
 def main(
@@ -35,63 +38,84 @@ def push(release: Path, repository: str, *, private: bool = False, force: bool =
       force: although the gate has not passed.
 
     Raises:
-      UserError: not passed, files that changed since, no token, no right to write, no hub.
+      UserError: not passed, files that changed or came since, no token, no right to write, no hub, a card that the hub
+        refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from tlite_jax.release.result import load
+    from tlite_jax.release.hub import as_uploaded, on_the_hub
+    from tlite_jax.release.result import FILE_NAME, load, text_of
 
+    refuse_destination(repository)
     result = load(release)
     if not result.passed and not force:
         stopped = ", ".join(check.name for check in result.checks if check.holds_up)
         raise UserError(f"{release} has not passed its gate ({stopped}); mend it, or give --force")
-    _check_unchanged(release, force=force)
-    adds = [CommitOperationAdd(name, str(path)) for name, path in on_the_hub(release).items()]
+    files = on_the_hub(release)
+    _refuse_changed(release, result, list(files.values()))
+    adds = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE_NAME]
+    adds.append(CommitOperationAdd(FILE_NAME, text_of(as_uploaded(result)).encode()))
     api = HfApi()
     try:
         place = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
-        done = api.create_commit(
-            place.repo_id, operations=adds, commit_message=f"Release step {result.step}", repo_type="model"
-        )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-        raise UserError(f"cannot upload to {repository}: {reason}; {mend}") from error
+        gone = [CommitOperationDelete(name) for name in _replaced(api, place.repo_id, set(files))]
+        message = f"Release step {result.step}"
+        done = api.create_commit(place.repo_id, operations=[*adds, *gone], commit_message=message, repo_type="model")
+    except Exception as error:  # the hub raises kinds that share no base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        mend = "correct the recipe's `card` and run it again" if "metadata in README.md" in reason else _MEND
+        raise UserError(f"cannot upload to {repository}: {reason[:500]}; {mend}") from error
     return str(done.commit_url)
 
 
-def on_the_hub(release: Path) -> dict[str, Path]:
-    """Name in the repository -> file: hf/ is at the top there, so that from_pretrained(ORG/NAME) finds the model.
+def refuse_destination(repository: str) -> None:
+    """Says what can be known before anything is made or read.
 
     Raises:
-      UserError: two files would have one name, or one leads out of the release.
+      UserError: not ORG/NAME, or no token.
     """
-    found: dict[str, Path] = {}
-    for path in sorted(release.rglob("*")):
-        if not path.is_file() or path.name.endswith(_IGNORED):
-            continue
-        if path.is_symlink():
-            raise UserError(f"{path} is a link; a release holds its files itself")
-        name = path.relative_to(release).as_posix().removeprefix("hf/")
-        if name in found:
-            raise UserError(f"{path} and {found[name]} would have one name on the hub; rename one")
-        found[name] = path
-    return found
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        is_name = repository.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        raise UserError(f"{repository!r} is no repository of the hub; give ORG/NAME")
+    if get_token() is None:
+        raise UserError(f"cannot upload to {repository}: there is no token; {_MEND}")
 
 
-def _check_unchanged(release: Path, *, force: bool) -> None:
-    """What is uploaded is what the gate has read."""
-    import hashlib
+def _refuse_changed(release: Path, result: "ReleaseResult", files: list[Path]) -> None:
+    """What is uploaded is what the gate has read, all of it, and nothing that it has not."""
+    from tlite_jax.bridge.checksums import sha256_of
+    from tlite_jax.release.hub import outside, unread_weights
 
-    from tlite_jax.release.result import load
-
-    for file in load(release).files:
+    if strange := outside(result.files):
+        raise UserError(f"{strange[0]} was checked, and lies outside of {release}; put it there and run the gate again")
+    for file in result.files:
         path = release / file.path
-        if force or not path.is_file():
-            if force:
-                continue
+        if not path.is_file():
             raise UserError(f"{path} was checked and is gone; run the gate again")
-        with path.open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
-                raise UserError(f"{path} has changed since the gate read it; run the gate again")
+        if sha256_of(path) != file.sha256:
+            raise UserError(f"{path} has changed since the gate read it; run the gate again")
+    if unread := unread_weights(result, [path.relative_to(release).as_posix() for path in files]):
+        raise UserError(f"{release / unread[0]} came after the gate, which has not read it; run the gate again")
+
+
+def _replaced(api: Any, repository: str, names: set[str]) -> list[str]:
+    """Files of the release that lies there, which the new one has not."""
+    from tlite_jax.release.hub import hub_name
+    from tlite_jax.release.result import FILE_NAME, load
+
+    there = set(api.list_repo_files(repository))
+    if FILE_NAME not in there:
+        return []
+    try:
+        before = load(Path(api.hf_hub_download(repository, FILE_NAME)))
+    except UserError:
+        return []  # somebody else's file of that name
+    return sorted({hub_name(file.path) for file in before.files} & there - names)

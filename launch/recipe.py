@@ -47,7 +47,7 @@ def main(
 
     Example: python -m launch recipe configs/recipes/smollm2_russian.yaml --dry-run
     """
-    from tlite_jax.recipe.graph import build
+    from tlite_jax.recipe.graph import build, released
 
     loaded = load_recipe(recipe)
     arrows = build(loaded, recipe)
@@ -56,8 +56,11 @@ def main(
             raise UserError(f"{option} {name}: no such step; choose from {', '.join(names)}")
     if from_ is not None and only is not None:
         raise UserError("--from and --only are two choices: give one of them")
+    _refuse_push(push_to_hub, private=private, only=only)
     if dry_run:
         _dry_run(loaded, arrows, as_json=as_json, from_=from_, only=only, verify=verify)
+        if push_to_hub is not None and not as_json:
+            print(f"push: python -m launch push {released(loaded)} {push_to_hub}{' --private' if private else ''}")
         return
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         raise UserError(
@@ -71,8 +74,22 @@ def main(
         from launch.push import push
 
         outcome["url"] = push(Path(outcome["release"]), push_to_hub, private=private)
+        runner.say(f"push: {outcome['url']}")
     if as_json:
         print(json.dumps(outcome, ensure_ascii=False, indent=1))
+
+
+def _refuse_push(repository: str | None, *, private: bool, only: str | None) -> None:
+    """Before anything runs: hours may lie between the start and the upload."""
+    if repository is None:
+        if private:
+            raise UserError("--private is of the repository that --push-to-hub ORG/NAME makes; give that too")
+        return
+    if only is not None:
+        raise UserError("--push-to-hub uploads a whole release: leave out --only")
+    from launch.push import refuse_destination
+
+    refuse_destination(repository)
 
 
 def load_recipe(path: Path) -> RecipeConfig:
@@ -112,14 +129,14 @@ class Work:
         Raises:
           typer.Exit: a command failed, or a signal came.
         """
-        from tlite_jax.recipe.graph import released
+        from tlite_jax.recipe.graph import assembled, released
 
         steps, forced = {}, False
         for arrow in self._arrows:
             forced = forced or arrow.name == from_
             if only is not None and arrow.name != only:
                 continue
-            decision = _forced(self._decider.decide(arrow, self._state), forced or arrow.name == only)
+            decision = _forced(self._decider.decide(arrow, self._state), arrow.name, from_=forced, only=only)
             self._say(f"{arrow.name}: {_told(decision)}")
             self._do(arrow, decision)
             steps[arrow.name] = {"action": decision.action, "why": decision.why}
@@ -128,6 +145,8 @@ class Work:
         if only is None:
             self._release()
             self._say(f"{place}: released")
+        elif not place.exists() and assembled(self._recipe).exists():
+            self._say(f"{assembled(self._recipe)}: not released yet; the recipe without --only does that")
         return {"steps": steps, "release": str(place) if place.exists() else None}
 
     def _do(self, arrow: "Arrow", decision: "Decision") -> None:
@@ -198,7 +217,7 @@ class Work:
         from tlite_jax.recipe.graph import assembled, released
 
         if not assembled(self._recipe).exists() and released(self._recipe).exists():
-            released(self._recipe).rename(assembled(self._recipe))
+            self._rename(released(self._recipe), assembled(self._recipe))
         assembled(self._recipe).mkdir(parents=True, exist_ok=True)
 
     def _release(self) -> None:
@@ -213,16 +232,22 @@ class Work:
             raise typer.Exit(1)
         if released(self._recipe).exists():
             _set_aside(released(self._recipe))
-        place.rename(released(self._recipe))
+        self._rename(place, released(self._recipe))
+
+    def _rename(self, before: Path, now: Path) -> None:
+        before.rename(now)
+        self._hashes.moved(before, now)
+        self._hashes.save()
 
     def _say(self, line: str) -> None:
         self._runner.say(line)
 
 
-def _forced(decision: "Decision", forced: bool) -> "Decision":
+def _forced(decision: "Decision", name: str, *, from_: bool, only: str | None) -> "Decision":
+    """What is done runs again where that was asked for; what was done by hand, only by --from."""
     from dataclasses import replace
 
-    if forced and decision.action in ("skip", "adopt"):
+    if (from_ and decision.action in ("skip", "adopt")) or (name == only and decision.action == "skip"):
         return replace(decision, action="again", why="asked for")
     return decision
 
@@ -265,7 +290,7 @@ def _dry_run(
         running = [
             name for name in behind[arrow.name] if name in decisions and decisions[name].action not in ("skip", "adopt")
         ]
-        decisions[arrow.name] = _forced(decider.decide(arrow, state, running), forced or arrow.name == only)
+        decisions[arrow.name] = _forced(decider.decide(arrow, state, running), arrow.name, from_=forced, only=only)
     if as_json:
         print(json.dumps([_as_json(arrow, behind, decisions) for arrow in arrows if arrow.name in decisions], indent=1))
         return

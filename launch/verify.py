@@ -25,7 +25,9 @@ class Kind(NamedTuple):
 
 
 def main(
-    path: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, buckets, an HF directory, GGUF files.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run, one of its checkpoints, buckets, a release, an HF directory, GGUF files.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Read every byte of PATH and compare it with the checksums that were written with it.
@@ -75,7 +77,7 @@ def _print(found: "Verification") -> None:
     for damage in found.damages:
         print(f"damaged: {damage}")
     for name in found.unchecked:
-        print(f"not checked: {name}: it is no part of the {found.kind}")
+        print(f"not checked: {name}: no checksum of the {found.kind} speaks of it")
     read = f"{found.files:,} files, {found.bytes:,} bytes"
     if found.damages:
         print(f"{found.path}: {found.kind}: {len(found.damages):,} damaged places in {read}")
@@ -93,6 +95,16 @@ def _verify_buckets(path: Path, progress: "Progress | None") -> "Verification":
     from tlite_jax.data.verify import verify_buckets
 
     return verify_buckets(path, progress)
+
+
+def _is_release(path: Path) -> bool:
+    return path.is_dir() and (path / "release.json").is_file()
+
+
+def _verify_release(path: Path, progress: "Progress | None") -> "Verification":
+    from tlite_jax.release.verify import verify_release
+
+    return verify_release(path, progress)
 
 
 def _is_hf_directory(path: Path) -> bool:
@@ -148,6 +160,7 @@ KINDS = [
     Kind("a checkpoint", _is_checkpoint, _verify_checkpoint),
     Kind("a run", _is_run, _verify_run),
     Kind("buckets", _is_buckets, _verify_buckets),
+    Kind("a release", _is_release, _verify_release),
     Kind("an HF directory", _is_hf_directory, _verify_hf),
     Kind("a GGUF file", _is_gguf, _verify_gguf),
 ]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests import tiny
 
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+STEPS = ("import", "prepare1", "stage1", "stage2", "eval-held-out", "export-hf", "export-gguf", "gate", "card")
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
@@ -61,3 +65,28 @@ def _stage(directory: Path, number: int, source: str) -> dict[str, Any]:
     if number == 2:
         values["evaluation"] = {"every": 4, "batch_size": 4, "max_tokens": 300}
     return values
+
+
+def recipe(*words: object) -> subprocess.Popen[str]:
+    """Starts the command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", "recipe", *map(str, words)],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    """Waits for it; returns what it printed."""
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == status, output
+    return output
+
+
+def told(output: str) -> dict[str, str]:
+    """Step -> what was said of it."""
+    lines = [line.partition(": ") for line in output.splitlines()]
+    return {name: said for name, _, said in lines if name in STEPS}

@@ -1,80 +1,28 @@
-"""Recipes: what would run and why, what is kept, a run from text to a released model, and what may be uploaded."""
+"""Recipes: what would run and why, what is kept, and a run from text to a released model."""
 
-import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 
-from launch.push import on_the_hub, push
 from launch.recipe import load_recipe
 from launch.recipe_parts.process import Runner, locked
-from tests.launch.recipe_files import environment, write_recipe
+from tests.launch.recipe_files import REPOSITORY, STEPS, write_recipe
 from tlite_jax.errors import UserError
 from tlite_jax.recipe.graph import build, edges
 from tlite_jax.recipe.identity import Hashes
 from tlite_jax.recipe.state import load_state
-from tlite_jax.release.result import load, save
-
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+from tlite_jax.release.result import load
 
 
-def recipe(*words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch", "recipe", *map(str, words)],
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == status, output
-    return output
-
-
-def told(output: str) -> dict[str, str]:
-    """Step -> what was said of it."""
-    lines = [line.partition(": ") for line in output.splitlines()]
-    return {name: said for name, _, said in lines if name in STEPS}
-
-
-STEPS = ("import", "prepare1", "stage1", "stage2", "eval-held-out", "export-hf", "export-gguf", "gate", "card")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory whose recipe was stopped in stage 1, gone on with, and is released."""
-    directory = tmp_path_factory.mktemp("recipe")
-    file = write_recipe(directory)
-    process = recipe(file)
-    deadline = time.monotonic() + 200
-    while not (directory / "out" / "logs" / "stage1.log").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert "stage1: stopped by SIGTERM" in finish(process, 75)
-    assert load_state(directory / "out" / "recipe.json").arrows["stage1"].state == "started"
-    assert not (directory / "out" / "release").exists()
-    said = told(finish(recipe(file)))
-    assert said["import"] == said["prepare1"] == "done"
-    assert said["stage1"] == "goes on: interrupted"
-    return directory
-
-
-def test_the_release_is_whole_and_its_card_is_the_hubs(place: Path) -> None:
-    release = place / "out" / "release"
+def test_the_release_is_whole_and_its_card_is_the_hubs(finished: Path) -> None:
+    release = finished / "out" / "release"
     assert load(release).passed
-    assert not (place / "out" / "release.partial").exists()
+    assert not (finished / "out" / "release.partial").exists()
     text = (release / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
     assert card.data.license == "apache-2.0"
@@ -103,87 +51,50 @@ def decisions(file: Path) -> dict[str, str]:
     return found
 
 
-def test_nothing_is_done_twice_and_what_changed_is_named(place: Path) -> None:
-    file = place / "recipe.yaml"
+def test_nothing_is_done_twice_and_what_changed_is_named(finished: Path) -> None:
+    file = finished / "recipe.yaml"
     assert set(decisions(file).values()) == {"done"}
     values = json.loads(file.read_text())
-    changed = place / "changed.yaml"
+    changed = finished / "changed.yaml"
     changed.write_text(json.dumps({**values, "gate": {"windows": 3}}))
     found = decisions(changed)
     assert found["gate"] == "gate.windows has changed"
     assert found["card"] == "after gate"
     assert {found[name] for name in STEPS[:7]} == {"done"}
-    stage = json.loads((place / "stage2.yaml").read_text())
-    (place / "other.yaml").write_text(json.dumps({**stage, "seed": 7}))
-    changed.write_text(json.dumps({**values, "stages": [values["stages"][0], {"config": str(place / "other.yaml")}]}))
+    stage = json.loads((finished / "stage2.yaml").read_text())
+    (finished / "other.yaml").write_text(json.dumps({**stage, "seed": 7}))
+    stages = [values["stages"][0], {"config": str(finished / "other.yaml")}]
+    changed.write_text(json.dumps({**values, "stages": stages}))
     found = decisions(changed)
     assert "semantic hash" in found["stage2"]
     assert found["stage1"] == "done"
     assert found["export-hf"] == found["eval-held-out"] == "after stage2"
 
 
-def test_a_changed_text_is_read_again(place: Path) -> None:
-    text = place / "ru.jsonl"
+def test_a_changed_text_is_read_again(finished: Path) -> None:
+    text = finished / "ru.jsonl"
     before = text.read_bytes()
     text.write_bytes(before + before.splitlines(keepends=True)[0])
     try:
-        found = decisions(place / "recipe.yaml")
+        found = decisions(finished / "recipe.yaml")
     finally:
         text.write_bytes(before)
     assert found["prepare1"] == f"{text} has changed"
     assert found["import"] == "done"
     assert found["stage1"] == "after prepare1"
-    assert set(decisions(place / "recipe.yaml").values()) == {"done"}  # the time of change is not content
+    assert set(decisions(finished / "recipe.yaml").values()) == {"done"}  # the time of change is not content
 
 
-def test_a_harmed_output_is_found(place: Path) -> None:
-    model = place / "out" / "release" / "hf" / "model.safetensors"
+def test_a_harmed_output_is_found(finished: Path) -> None:
+    model = finished / "out" / "release" / "hf" / "model.safetensors"
     before = model.read_bytes()
     model.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     try:
-        found = decisions(place / "recipe.yaml")
+        found = decisions(finished / "recipe.yaml")
     finally:
         model.write_bytes(before)
     assert found["export-hf"].endswith("release.partial/hf is not as it was made")
     assert found["stage2"] == found["export-gguf"] == "done"
-
-
-def test_only_what_passed_and_has_not_changed_is_uploaded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, sent = place / "out" / "release", {}
-
-    def commit(self, repository, *, operations, **_):
-        sent[repository] = {part.path_in_repo: Path(part.path_or_fileobj).read_bytes() for part in operations}
-        return SimpleNamespace(commit_url="https://example.org/commit/1")
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repository, **_: SimpleNamespace(repo_id=repository))
-    monkeypatch.setattr(HfApi, "create_commit", commit)
-    assert push(release, "a-lab/tiny-ru") == "https://example.org/commit/1"
-    files = sent.pop("a-lab/tiny-ru")
-    assert {"README.md", "config.json", "model.safetensors", "gguf/Tiny-Russian.Q8_0.gguf", "release.json"} <= set(
-        files
-    )
-    released = {file.path.removeprefix("hf/"): file.sha256 for file in load(release).files}
-    assert {name: hashlib.sha256(files[name]).hexdigest() for name in released} == released
-    model = release / "hf" / "model.safetensors"
-    before = model.read_bytes()
-    model.write_bytes(before + b"\0")
-    with pytest.raises(UserError, match="has changed since"):
-        push(release, "a-lab/tiny-ru")
-    model.write_bytes(before)
-    result = load(release)
-    save(result.model_copy(update={"passed": False}), release)
-    with pytest.raises(UserError, match="has not passed"):
-        push(release, "a-lab/tiny-ru")
-    save(result, release)
-    assert not sent
-
-
-def test_a_link_is_not_uploaded(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "release").mkdir()
-    (tmp_path / "release" / "README.md").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="is a link"):
-        on_the_hub(tmp_path / "release")
 
 
 def test_stages_that_do_not_follow_one_another_are_refused(tmp_path: Path) -> None:

@@ -4,24 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.release.made_result import made_result as result
 from tlite_jax.errors import UserError
-from tlite_jax.release.result import Check, ReleaseResult, load, save
-
-
-def result(*checks: Check) -> ReleaseResult:
-    return ReleaseResult(
-        passed=not any(check.holds_up for check in checks),
-        checkpoint="run/checkpoints/3",
-        step=3,
-        base="base",
-        recipe_hash=None,
-        num_parameters=7,
-        compute_dtype="float32",
-        checks=checks,
-        quantizations=None,
-        generated=(),
-        files=(),
-    )
+from tlite_jax.release.result import Check, load, save
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,9 @@ from typing import Any
 
 from tlite_jax.errors import UserError
 
-MAX_JSON_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20  # Gemma's tokenizer.json, among the largest, has 33 MB
+MAX_CONTAINERS = 4_000_000  # objects and arrays: 64 MB of "[]," would take 1.5 GB of memory
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -41,7 +44,14 @@ def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(content: bytes, origin: str) -> dict[str, Any]:
-    """Parses a JSON object whose keys must differ; `origin` names it in errors."""
+    """Parses a JSON object whose keys must differ; `origin` names it in errors.
+
+    Raises:
+      UserError: not UTF-8 JSON of an object, a key given twice, text that UTF-8 cannot hold, too many parts.
+    """
+    parts = content.count(b"[") + content.count(b"{")
+    if parts > MAX_CONTAINERS:
+        raise UserError(f"{origin}: up to {parts} objects and arrays; more than {MAX_CONTAINERS} are refused")
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -53,6 +63,8 @@ def parse_json(content: bytes, origin: str) -> dict[str, Any]:
 
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=without_repeats)
+        if _HALF_CHARACTER.search(content):
+            json.dumps(values, ensure_ascii=False).encode()  # fails where a half has no other
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -77,7 +89,8 @@ def listed(names: Iterable[str], limit: int = 20) -> str:
 def contained(directory: Path, name: str, origin: str) -> Path:
     """Returns the regular file `name` in `directory`, whoever chose the name.
 
-    Symbolic links may lead elsewhere within the directory, or to the blobs of a Hugging Face cache it is part of.
+    Symbolic links may lead elsewhere within the directory, or to the blobs of a Hugging Face cache that it, or the
+    directory above it, is a snapshot of.
 
     Raises:
       UserError: not a bare file name, not there, or a link that leads outside.
@@ -88,8 +101,8 @@ def contained(directory: Path, name: str, origin: str) -> Path:
     if not path.is_file():
         raise UserError(f"{origin}: {name!r} is missing in {directory}")
     roots = [directory.resolve()]
-    if directory.absolute().parent.name == "snapshots":
-        roots.append(directory.absolute().parent.parent.resolve() / "blobs")
+    snapshots = (directory.absolute(), directory.absolute().parent)
+    roots += [place.parent.parent.resolve() / "blobs" for place in snapshots if place.parent.name == "snapshots"]
     found = path.resolve()
     if not any(found.is_relative_to(root) for root in roots):
         raise UserError(f"{origin}: {name!r} is a link out of {directory}; put the file itself there")

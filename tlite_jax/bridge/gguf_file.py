@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from tlite_jax.bridge.files import shown
-from tlite_jax.bridge.safetensors_io import Problem
+from tlite_jax.bridge.safetensors_io import MAX_ROW_VALUES, Problem, row_values
 from tlite_jax.bridge.stored import StoredTensor, read_rows_of
 from tlite_jax.errors import UserError
 
@@ -134,7 +134,7 @@ def _read(path: Path, begin: int, tensor: TensorEntry, rows: slice) -> np.ndarra
         with np.errstate(all="ignore"):
             return dequantize(blocks, tensor.kind).reshape(blocks.shape[:-1] + tensor.shape[-1:])
     except (NotImplementedError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: {tensor.name} is {tensor.kind.name}, which gguf cannot undo") from error
+        raise UserError(f"{path}: {shown(tensor.name)} is {tensor.kind.name}, which gguf cannot undo") from error
 
 
 class Header:
@@ -156,7 +156,7 @@ class Header:
         for _ in range(self.count(num_fields)):
             key = self.string()
             if key in metadata:
-                self.fail(f"{key!r} is given twice")
+                self.fail(f"{shown(key)!r} is given twice")
             metadata[key] = self.value(*self.unpack("I"))
         if num_tensors > MAX_TENSORS:
             self.fail(f"it announces {num_tensors} tensors; more than {MAX_TENSORS} are refused")
@@ -165,7 +165,7 @@ class Header:
             self.fail("a tensor is listed twice")
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            self.fail(f"alignment {alignment!r} is not a power of two")
+            self.fail(f"alignment {shown(repr(alignment))} is not a power of two")
         self.alignment = alignment
         begin = -(-self.position // alignment) * alignment
         return metadata, tensors, begin
@@ -193,15 +193,17 @@ class Header:
         name = self.string()
         (num_dims,) = self.unpack("I")
         if not 1 <= num_dims <= 4:
-            self.fail(f"tensor {name!r} has {num_dims} dims")
+            self.fail(f"tensor {shown(name)!r} has {num_dims} dims")
         *dims, code, offset = self.unpack(f"{num_dims}QIQ")
         try:
             kind = GGMLQuantizationType(code)
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            self.fail(f"tensor {name!r} has type {code}, which is not known")
+            self.fail(f"tensor {shown(name)!r} has type {code}, which is not known")
         if dims[0] % block:
-            self.fail(f"tensor {name!r} has rows of {dims[0]}, not a multiple of {block}")
+            self.fail(f"tensor {shown(name)!r} has rows of {dims[0]}, not a multiple of {block}")
+        if (values := row_values(tuple(reversed(dims)))) > MAX_ROW_VALUES:
+            self.fail(f"tensor {shown(name)!r} has rows of {values} values; {MAX_ROW_VALUES} at most")
         return TensorEntry(name, tuple(reversed(dims)), kind, offset, math.prod(dims) // block * block_bytes)
 
     def string(self) -> str:

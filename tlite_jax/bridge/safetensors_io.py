@@ -41,6 +41,7 @@ DTYPES = {
 }
 MAX_DIMS = 8
 MAX_TENSORS = 100_000  # Llama-3-405B has 1,138
+MAX_ROW_VALUES = 1 << 26  # a tensor is read by rows: memory holds a few
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -239,7 +240,16 @@ def _span(path: Path, name: str, entry: Any) -> Span:
         raise UserError(
             f"{path}: {shown(name)!r} has {end - begin} bytes, its shape {list(shape)} in {code} needs others"
         )
+    if row_values(shape) > MAX_ROW_VALUES:
+        raise UserError(f"{path}: {shown(name)!r} has rows of {row_values(shape)} values; {MAX_ROW_VALUES} at most")
     return Span(begin, end, shape, dtype)
+
+
+def row_values(shape: tuple[int, ...]) -> int:
+    """Values of what is read at once: a row, or a whole vector; 0 where there is none."""
+    if not math.prod(shape):
+        return 0
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
 
 def layout_problems(spans: Mapping[str, Span], data_bytes: int) -> Iterator[Problem]:

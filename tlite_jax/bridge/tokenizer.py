@@ -1,18 +1,21 @@
 """Tokenizer files: carried over from a Hugging Face directory, or built from a GGUF file's metadata."""
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlite_jax.bridge.files import contained, parse_json, read_bounded, shown
+from tlite_jax.bridge.files import MAX_JSON_BYTES, contained, parse_json, read_bounded, shown
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 CARRIED = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", GENERATION)
 _SLOW = ("tokenizer.model", "vocab.json", "merges.txt")
+_BESIDE_SLOW = ("config.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+_MAX_SETTINGS_BYTES = 16 << 20
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # GGUF's token types (llama.cpp: llama_token_type)
@@ -52,13 +55,9 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any]) -> dict[str, byte
     Raises:
       UserError: a file that is a link out of the directory, is not JSON, or cannot be converted.
     """
-    files = {
-        name: read_bounded(contained(directory, name, str(directory)))
-        for name in CARRIED
-        if (directory / name).exists()
-    }
-    if TOKENIZER not in files and any((directory / name).is_file() for name in _SLOW):
-        files |= _converted(directory)
+    files = _present(directory, CARRIED)
+    if TOKENIZER not in files and (slow := _present(directory, _SLOW)):
+        files |= _converted(slow | _present(directory, _BESIDE_SLOW), directory)
     if TOKENIZER in files:
         settings = parse_json(files.get(TOKENIZER_CONFIG, b"{}"), f"{directory / TOKENIZER_CONFIG}")
         files[TOKENIZER_CONFIG] = _dump(portable_settings(settings))
@@ -69,6 +68,18 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any]) -> dict[str, byte
     return files
 
 
+def _present(directory: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The files of these names that are there; links out of the directory and very large ones are refused."""
+    return {
+        name: read_bounded(
+            contained(directory, name, str(directory)),
+            MAX_JSON_BYTES if name in (TOKENIZER, *_SLOW) else _MAX_SETTINGS_BYTES,
+        )
+        for name in names
+        if (directory / name).exists()
+    }
+
+
 def read_files(directory: Path) -> dict[str, bytes]:
     """The tokenizer files of a run, which are ours, by name; none when the directory is absent."""
     return {name: (directory / name).read_bytes() for name in CARRIED if (directory / name).is_file()}
@@ -76,8 +87,9 @@ def read_files(directory: Path) -> dict[str, bytes]:
 
 def portable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json that transformers 4 and 5 both load, using tokenizer.json as it is written."""
-    dropped = ("auto_map", "backend", "is_local", "local_files_only", "tokenizer_file", "name_or_path")
-    result = {name: value for name, value in settings.items() if name not in dropped}
+    dropped = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path")
+    # "tokenizer_file", "vocab_file" and their like are paths, of the machine that wrote them or of a stranger's choice.
+    result = {name: value for name, value in settings.items() if name not in dropped and not name.endswith("_file")}
     # transformers 5 writes a list where 4 wants a dictionary; both read the older name.
     if isinstance(result.get("extra_special_tokens"), list):
         result["additional_special_tokens"] = result.pop("extra_special_tokens")
@@ -107,10 +119,20 @@ def load_tokenizer(content: bytes, origin: str) -> Any:
     """
     import tokenizers
 
-    try:
+    with _in_one_line(f"{origin}: tokenizer.json cannot be read"):
         return tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{origin}: tokenizer.json cannot be read: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Turns whatever `tokenizers` raises into a UserError: bare Exceptions, and a panic, which is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        line = shown(([*str(error).strip().splitlines(), ""])[0] or type(error).__name__)
+        raise UserError(f"{what}: {line}") from error
 
 
 def padding_token(index: int) -> str:
@@ -161,10 +183,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: str) -> dict[str, b
     settings["clean_up_tokenization_spaces"] = False
     named = set(special.values())
     types = [CONTROL if token in named else kind for token, kind in zip(tokens, types, strict=True)]
-    try:
+    with _in_one_line(f"{origin}: its tokens and merges make no tokenizer"):
         content = _byte_level_bpe(_PRE_TOKENIZERS[pre], tokens, types, merges, *frame)
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{origin}: its tokens and merges make no tokenizer: {str(error).splitlines()[0]}") from error
     return {
         TOKENIZER: content,
         TOKENIZER_CONFIG: _dump(portable_settings(settings)),
@@ -271,20 +291,25 @@ def _strings(metadata: Mapping[str, Any], name: str, origin: str) -> list[str]:
     return values
 
 
-def _converted(directory: Path) -> dict[str, bytes]:
-    """Lets transformers turn older tokenizer files into tokenizer.json."""
+def _converted(files: Mapping[str, bytes], directory: Path) -> dict[str, bytes]:
+    """Lets transformers make tokenizer.json of copies of older tokenizer files, whose settings name no paths."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json form")
-    except Exception as error:  # many kinds, by tokenizer
-        line = str(error).strip().splitlines()[0:1] or [type(error).__name__]
-        raise UserError(f"{directory}: no tokenizer.json, and converting its tokenizer failed: {line[0]}") from error
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {name: (Path(folder) / name).read_bytes() for name in CARRIED if (Path(folder) / name).is_file()}
+        source, result = Path(folder) / "source", Path(folder) / "result"
+        source.mkdir()
+        for name, content in files.items():
+            (source / name).write_bytes(content)
+        if TOKENIZER_CONFIG in files:
+            settings = parse_json(files[TOKENIZER_CONFIG], str(directory / TOKENIZER_CONFIG))
+            kept = {name: value for name, value in settings.items() if not name.endswith("_file")}
+            (source / TOKENIZER_CONFIG).write_bytes(_dump(kept))
+        with _in_one_line(f"{directory}: no tokenizer.json, and converting its tokenizer failed"):
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            if not tokenizer.is_fast:
+                raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json form")
+            tokenizer.save_pretrained(result)
+        return {name: (result / name).read_bytes() for name in CARRIED if (result / name).is_file()}
 
 
 def _dump(values: Mapping[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ from tlite_jax.bridge.assemble import WEIGHT_DTYPES, expected_slots, harmless_ex
 from tlite_jax.bridge.checksums import SUFFIX, SUMS_NAME, read_sums, sha256_of, sums_beside
 from tlite_jax.bridge.files import contained, read_json, shown
 from tlite_jax.bridge.gguf import ROPE_FACTORS, model_config_from_gguf
+from tlite_jax.bridge.hazards import hazards
 from tlite_jax.bridge.hf_config import model_config_from_hf
 from tlite_jax.bridge.safetensors_io import INDEX_NAME, SINGLE_NAME, Problem
 from tlite_jax.bridge.stored import StoredTensor
@@ -63,8 +64,8 @@ def verify_hf(directory: Path, progress: Progress | None = None) -> Verification
 
 def verify_gguf(path: Path, progress: Progress | None = None) -> Verification:
     """Checks a GGUF file, or every one in a directory; never raises for what is in it."""
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     return _GgufVerifier(path, root, files, progress or (lambda *_: None)).run()
 
 
@@ -73,7 +74,8 @@ class _Verifier:
 
     def __init__(self, path: Path, root: Path, files: Iterable[Path], progress: Progress) -> None:
         self._path, self._root, self._progress = path, root, progress
-        self._files = [file for file in files if file.is_file()]
+        self._entries = list(files)
+        self._files = [file for file in self._entries if file.is_file()]
         self._damages: list[Damage] = []
         self._unchecked: list[str] = []
         self._done, self._total = 0, sum(file.stat().st_size for file in self._files)
@@ -145,6 +147,8 @@ class _HfVerifier(_Verifier):
         super().__init__(directory, directory, directory.iterdir(), progress)
 
     def run(self) -> Verification:
+        for name, problem in hazards(self._root):
+            self._damage(name, problem)
         stored = self._stored()
         model = self._model()
         if model is not None:
@@ -255,7 +259,7 @@ class _HfVerifier(_Verifier):
 
 class _GgufVerifier(_Verifier):
     def run(self) -> Verification:
-        for file in self._files:
+        for file in self._entries:
             try:
                 self._file(contained(file.parent, file.name, str(file.parent)))
             except UserError as error:
@@ -310,7 +314,7 @@ class _GgufVerifier(_Verifier):
             return
         self._checks.append(f"SHA-256 in {beside.name}")
         try:
-            sums = read_sums(beside)
+            sums = read_sums(contained(beside.parent, beside.name, beside.name))
         except UserError as error:
             self._damage(beside.name, error)
             return

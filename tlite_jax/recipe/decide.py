@@ -10,8 +10,9 @@ from typing import Literal
 from tlite_jax.config.recipe import RecipeConfig
 from tlite_jax.config_files import load_config
 from tlite_jax.errors import UserError
-from tlite_jax.recipe.graph import Arrow, assembled, released
+from tlite_jax.recipe.graph import STEPS_KEY, Arrow, assembled, released
 from tlite_jax.recipe.identity import Hashes, newest_step
+from tlite_jax.recipe.stages import is_longer, is_same_run
 from tlite_jax.recipe.state import Record, State
 from tlite_jax.report.read import read_run
 
@@ -19,6 +20,7 @@ from tlite_jax.report.read import read_run
 # adopt: done by hand. wait: something it reads is not there.
 Action = Literal["skip", "run", "again", "resume", "adopt", "wait"]
 ABSENT = "absent"
+BY_HAND = "done by hand"
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,18 @@ class Decider:
 
     def decide(self, arrow: Arrow, state: State, running: Sequence[str] = ()) -> Decision:
         """Decides about an arrow; `running` are those before it that would run first."""
+        record = state.arrows.get(arrow.name)
+        by_hand = record is None and self._done_by_hand(arrow)
         if running:
-            return Decision("run", f"after {', '.join(running)}", {})
+            return Decision("adopt", BY_HAND, {}) if by_hand else Decision("run", f"after {', '.join(running)}", {})
         inputs = self.inputs(arrow)
         if absent := [name for name, value in inputs.items() if value == ABSENT]:
             return Decision("wait", f"{', '.join(absent)} is absent", inputs)
-        record = state.arrows.get(arrow.name)
         if record is None:
-            done = self._done_by_hand(arrow)
-            return Decision("adopt", "done by hand", inputs) if done else Decision("run", "not made yet", inputs)
+            return Decision("adopt", BY_HAND, inputs) if by_hand else Decision("run", "not made yet", inputs)
         if changed := _changes(record.inputs, inputs):
-            return Decision("again", "; ".join(changed), inputs)
+            longer = arrow.run is not None and is_longer(arrow.run, record.inputs, inputs)
+            return Decision("resume" if longer else "again", "; ".join(changed), inputs)
         if record.state == "started":
             return Decision("resume", "interrupted", inputs)
         if harmed := self._harmed(arrow, record):
@@ -110,16 +113,31 @@ class Decider:
         if step is None:
             return False
         if arrow.kind == "import":
-            meta = json.loads((made / "checkpoints" / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))
-            return bool(step == 0 and meta["origin"] == self._recipe.base.source) if self._recipe.base else False
+            return step == 0 and self._recipe.base is not None and _same_source(_origin(made), self._recipe.base.source)
         assert arrow.run is not None
         file = made / "config.yaml"
-        if not file.is_file() or load_config(file).semantic_hash() != arrow.run.semantic_hash():
+        if not file.is_file() or not is_same_run(arrow.run, load_config(file)):
             return False
         return read_run(made).total_steps == step
 
 
+def _origin(run: Path) -> str | None:
+    """What a run was imported from, as its checkpoint says; None where that cannot be read."""
+    try:
+        meta = json.loads((run / "checkpoints" / "0" / "meta" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    origin = meta.get("origin") if isinstance(meta, dict) else None
+    return origin if isinstance(origin, str) else None
+
+
+def _same_source(origin: str | None, source: str) -> bool:
+    """Whether both name one thing: a hub id, or a place on this machine however it is written."""
+    return origin is not None and (origin == source or Path(origin).resolve() == Path(source).resolve())
+
+
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     lines = [f"{name} has changed" for name in now if name in before and now[name] != before[name]]
-    lines += [f"{name} is new" for name in now if name not in before]
+    # A recipe of an earlier version knew no steps; what it has trained is not trained again for that.
+    lines += [f"{name} is new" for name in now if name not in before and not name.endswith(STEPS_KEY)]
     return lines + [f"{name} is no longer read" for name in before if name not in now]

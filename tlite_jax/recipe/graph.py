@@ -13,6 +13,8 @@ from tlite_jax.errors import UserError
 
 Kind = Literal["fetch", "import", "prepare", "train", "evaluate", "export", "gate", "card"]
 
+STEPS_KEY = "(train.steps)"
+
 
 @dataclass(frozen=True)
 class Arrow:
@@ -176,7 +178,7 @@ def _train(name: str, words: tuple[str, ...], run: RunConfig) -> Arrow:
         reads.append(str(run_directory(run.init_from.path)))
     if run.data.tokenizer is not None:
         reads.append(str(run.data.tokenizer))
-    values = {f"{words[0]} (semantic hash)": run.semantic_hash()}
+    values = {f"{words[0]} (semantic hash)": run.semantic_hash(), f"{words[0]} {STEPS_KEY}": str(run.train.steps)}
     return Arrow(name, "train", ("train", *words), values, tuple(reads), (run.output,), resumes=True, run=run)
 
 

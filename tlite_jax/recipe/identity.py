@@ -66,6 +66,15 @@ class Hashes:
             return digest([self.of_file(manifest), sizes])
         return self._of_files(path, files)
 
+    def moved(self, before: Path, now: Path) -> None:
+        """Keeps what is known of the files of a directory that has been renamed."""
+        prefix = f"{before.absolute()}/"
+        for key in [key for key in self._kept if key.startswith(prefix)]:
+            new = f"{now.absolute()}/{key.removeprefix(prefix)}"
+            self._kept[new], self._changed = self._kept.pop(key), True
+            if key in self._read_now:
+                self._read_now.add(new)
+
     def save(self) -> None:
         """Keeps the digests for the next start."""
         if self._changed:

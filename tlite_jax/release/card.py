@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tlite_jax.config.recipe import CardConfig
 from tlite_jax.release import card_tables
+from tlite_jax.release.hub import public
 from tlite_jax.release.result import ReleaseResult
 from tlite_jax.report.read import RunData
 
@@ -180,7 +181,7 @@ def _limitations(facts: CardFacts) -> str:
 
 def _origin(facts: CardFacts) -> str:
     card = facts.card
-    base = card.base_model or (facts.result.base and card_tables.public(facts.result.base))
+    base = card.base_model or (facts.result.base and public(facts.result.base))
     lines = [f"Base model: {base}." if base else "The base model is not recorded."]
     lines.append(f"Licence: {card.license}." if card.license else "No licence was stated by the publisher.")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """The tables of a model card, as Markdown; an empty string where a run has nothing to say."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tlite_jax.config import digest
+from tlite_jax.release.hub import hub_name, public
 from tlite_jax.release.result import ReleaseResult
 from tlite_jax.report.read import RunData
 
@@ -29,11 +29,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; empty without rows."""
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) if lines else ""
-
-
-def public(text: str) -> str:
-    """A line without the directories of the machine that wrote it."""
-    return re.sub(r"(?<![\w.])/(?:[^/\s,:;]+/)+", "", text)
 
 
 def architecture(config: Mapping[str, Any], num_parameters: int) -> str:
@@ -149,7 +144,7 @@ def checks(result: ReleaseResult) -> str:
 
 def files(result: ReleaseResult, stages: Sequence[RunData]) -> str:
     """Hashes: of the files, and of the configs they come from."""
-    rows = [(file.path, f"{file.bytes:,}", f"`{file.sha256}`") for file in result.files]
+    rows = [(hub_name(file.path), f"{file.bytes:,}", f"`{file.sha256}`") for file in result.files]
     hashes = [
         (run.directory.name, f"`{digest(run.config.model_dump(mode='json'))}`", f"`{run.config.semantic_hash()}`")
         for run in stages

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 from tlite_jax.bridge import gguf_file
 from tlite_jax.bridge.checksums import sha256_of
+from tlite_jax.bridge.files import contained, shown
 from tlite_jax.bridge.gguf import import_gguf
 from tlite_jax.bridge.gguf_types import FILE_TYPES
+from tlite_jax.bridge.hazards import hazards
 from tlite_jax.bridge.verify import is_hf_directory
 from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError
@@ -50,20 +52,23 @@ def find_exports(places: Iterable[Path]) -> Exports:
       places: directories, or GGUF files.
 
     Raises:
-      UserError: nothing there, two of one kind, a file that is not GGUF or of an unknown type.
+      UserError: nothing there, two of one kind, a file that is not GGUF or of an unknown type, what leads elsewhere.
     """
     directories: list[Path] = []
     files: list[Path] = []
     for place in places:
         if not place.exists():
             raise UserError(f"--exports {place} does not exist")
-        inside = [place, *sorted(entry for entry in place.iterdir() if entry.is_dir())] if place.is_dir() else []
+        inside = [place, *_directories(place)] if place.is_dir() else []
         directories += [entry for entry in inside if is_hf_directory(entry)]
-        files += [file for entry in inside for file in sorted(entry.glob("*.gguf"))] if inside else [place]
+        held = [file for entry in inside for file in sorted(entry.glob("*.gguf"))]
+        files += [contained(file.parent, file.name, str(file.parent)) for file in held] if inside else [place]
     if not directories and not files:
         raise UserError("--exports: no Hugging Face directory and no .gguf file there; export the checkpoint first")
     if len(directories) > 1:
         raise UserError(f"--exports: several Hugging Face directories: {', '.join(map(str, directories))}; give one")
+    for name, problem in [found for entry in directories for found in hazards(entry)][:1]:
+        raise UserError(f"--exports: {directories[0]}: {name}: {problem}")
     types: dict[str, Path] = {}
     for file in files:
         kind = type_of(file)
@@ -71,6 +76,15 @@ def find_exports(places: Iterable[Path]) -> Exports:
             raise UserError(f"--exports: {types[kind]} and {file} are both {kind}; give one of them")
         types[kind] = file
     return Exports(directories[0] if directories else None, {kind: types[kind] for kind in FILE_TYPES if kind in types})
+
+
+def _directories(place: Path) -> list[Path]:
+    """Those in a directory."""
+    found = sorted(entry for entry in place.iterdir() if entry.is_dir())
+    for entry in found:
+        if not entry.resolve().is_relative_to(place.resolve()):
+            raise UserError(f"--exports: {entry} is a link out of {place}; give what it leads to by its own path")
+    return found
 
 
 def type_of(file: Path) -> str:
@@ -81,8 +95,8 @@ def type_of(file: Path) -> str:
     """
     metadata, _ = gguf_file.read(file)
     code = metadata.get("general.file_type")
-    if code not in _TYPES:
-        raise UserError(f"{file}: general.file_type {code!r} is none of {', '.join(FILE_TYPES)}")
+    if not isinstance(code, int) or code not in _TYPES:
+        raise UserError(f"{file}: general.file_type {shown(repr(code))} is none of {', '.join(FILE_TYPES)}")
     return _TYPES[code]
 
 

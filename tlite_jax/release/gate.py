@@ -140,9 +140,10 @@ class Gate:
         started = time.monotonic()
         try:
             outcome = check()
-        except (UserError, FloatingPointError, ValueError, OSError) as error:
+        except Exception as error:  # whatever a stranger's file leads to, in our code and others'
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            outcome = Outcome("failed", lines[0])
+            named = "" if isinstance(error, UserError | OSError | FloatingPointError) else f"{type(error).__name__}: "
+            outcome = Outcome("failed", named + lines[0])
         details = list(outcome.details)
         if len(details) > _MOST_DETAILS:
             details = [*details[:_MOST_DETAILS], f"and {len(details) - _MOST_DETAILS} more"]

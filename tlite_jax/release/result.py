@@ -12,6 +12,7 @@ from tlite_jax.config_files import parse
 from tlite_jax.errors import UserError
 
 FILE_NAME = "release.json"
+_MAX_BYTES = 16 << 20
 Status = Literal["passed", "failed", "not run"]
 
 
@@ -150,11 +151,16 @@ def save(result: ReleaseResult, directory: Path) -> Path:
     path = directory / FILE_NAME
     scratch = path.with_name(f"{FILE_NAME}.partial")
     with scratch.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(result.model_dump(mode="json"), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+        file.write(text_of(result))
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
     return path
+
+
+def text_of(result: ReleaseResult) -> str:
+    """The content of release.json."""
+    return json.dumps(result.model_dump(mode="json"), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
 def load(path: Path) -> ReleaseResult:
@@ -165,8 +171,12 @@ def load(path: Path) -> ReleaseResult:
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{file}: {file.stat().st_size} bytes; such a file has at most {_MAX_BYTES}")
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}; make it with `python -m launch gate`") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: not a release.json")
