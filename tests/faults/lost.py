@@ -120,20 +120,29 @@ class Job:
       logs: where their outputs go.
       inside: what is done to which process first.
       absent: processes that are not started.
+      processes: in the job.
+      coordinator: "host:port"; None is a free port of this machine.
     """
 
-    def __init__(self, config: Path, logs: Path, inside: dict[int, Patch], absent: tuple[int, ...] = ()) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-        words = ["train", str(config), "--coordinator", coordinator, "--num-processes", str(PROCESSES), "--process-id"]
+    def __init__(
+        self,
+        config: Path,
+        logs: Path,
+        inside: dict[int, Patch],
+        absent: tuple[int, ...] = (),
+        *,
+        processes: int = PROCESSES,
+        coordinator: str | None = None,
+    ) -> None:
+        words = ["train", str(config), "--coordinator", coordinator or _free_port()]
+        words += ["--num-processes", str(processes), "--process-id"]
         self.began = time.monotonic()
         self.ranks = {
             rank: runs.Child(
                 lambda rank=rank: _launch([*words, str(rank)], inside.get(rank)),  # type: ignore[misc]
                 logs / f"rank{rank}.log",
             )
-            for rank in range(PROCESSES)
+            for rank in range(processes)
             if rank not in absent
         }
 
@@ -164,6 +173,12 @@ class Job:
     def said(self) -> str:
         """What the processes have written."""
         return "\n".join(f"{child.log.name}: {child.log.read_text()[-6000:]}" for child in self.ranks.values())
+
+
+def _free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def _launch(words: list[str], inside: Patch | None) -> None:
@@ -201,10 +216,19 @@ class Stage:
         save_config(config, self._scratch / "run.yaml")
         return self._scratch / "run.yaml"
 
-    def job(self, inside: dict[int, Patch], absent: tuple[int, ...] = (), **changes: Any) -> Job:
-        """Starts one, on a directory of its own."""
+    def job(
+        self,
+        inside: dict[int, Patch],
+        absent: tuple[int, ...] = (),
+        *,
+        processes: int = PROCESSES,
+        coordinator: str | None = None,
+        **changes: Any,
+    ) -> Job:
+        """Starts one, on a directory of its own; `changes` are sections of its config."""
         shutil.rmtree(self.run, ignore_errors=True)
-        return Job(self.config(**changes), self._scratch, inside, absent)
+        config = self.config(**changes)
+        return Job(config, self._scratch, inside, absent, processes=processes, coordinator=coordinator)
 
     def has_trained(self, step: int) -> bool:
         """Whether a step has been logged."""

@@ -3,7 +3,7 @@
     python -m tests.faults.slow data stopped throttled none --seed 1
 
 `data`: it waits for each batch, longer than a step takes. `stopped`: SIGSTOP and SIGCONT take turns, 60 ms each.
-`throttled`: a control group gives it a fifth of a core (root, cgroup v2 or v1 with the cpu controller). `none`: 40
+`throttled`: a control group gives it a tenth of a core (root, cgroup v2 or v1 with the cpu controller). `none`: 40
 looks without a finding. Faults of `tests.faults.lost` can be named, too: data and programs are prepared once for all.
 """
 
@@ -41,15 +41,15 @@ def _stopping(job: lost.Job, rank: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _throttled(job: lost.Job, rank: int) -> Iterator[Callable[[], None]]:
-    """The process gets 20 ms of every 100."""
+    """The process gets 10 ms of every 100."""
     version_2 = (GROUPS / "cgroup.controllers").exists()
     group = (GROUPS if version_2 else GROUPS / "cpu") / f"tlite-{job.ranks[rank].pid}"
     group.mkdir()
     try:
         if version_2:
-            (group / "cpu.max").write_text("20000 100000")
+            (group / "cpu.max").write_text("10000 100000")
         else:
-            (group / "cpu.cfs_quota_us").write_text("20000")
+            (group / "cpu.cfs_quota_us").write_text("10000")
         (group / "cgroup.procs").write_text(str(job.ranks[rank].pid))
         yield partial(time.sleep, 0.05)
     finally:
