@@ -76,6 +76,7 @@ def _train(config: Path, coordinator: str, processes: int, rank: int) -> None:
     try:
         main(config, coordinator=coordinator, num_processes=processes, process_id=rank)
     except typer.Exit as end:
+        jax.distributed.shutdown()  # as Python's end does in a process that was not forked: process 0 goes last
         raise SystemExit(end.exit_code) from end
 
 
