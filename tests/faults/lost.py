@@ -255,7 +255,9 @@ def suffer(stage: Stage, name: str, chance: np.random.Generator) -> dict[str, An
             job.ranks[rank].kill(fault.sent)
         others = [number for number in range(PROCESSES) if number != rank]
         ended = job.wait(others, since + fault.seconds)
-        own = job.wait([rank], time.monotonic() + 1)[rank][0] if fault.comes else None
+        own = None
+        if fault.comes and fault.own != (None,):  # process 0 goes last: it serves the others' board
+            own = job.wait([rank], since + fault.seconds)[rank][0]
         problems = [f"process {one} has {status}" for one, (status, _) in ended.items() if status != RESTART]
         if own not in fault.own:
             problems.append(f"the process itself has {own}")
