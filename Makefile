@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed          ## adapt a small real model to Russian o
 	$(BIN)/python -m launch quickstart
 
 test: lint types                        ## lint, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-eval: $(VENV)/.installed-eval      ## the tests that need lm-evaluation-harness (200 MB installed)
 	$(BIN)/python -m pytest tests/evaluate tests/launch/test_eval_command.py
