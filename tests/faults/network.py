@@ -2,9 +2,9 @@
 
     python -m tests.faults.network --count 3 --seed 1
 
-Hosts are network namespaces joined by a pair of veth devices, with files of hosts of their own (gloo looks its own name
-up). `down` takes the link away; `lost` sends every packet of one host to nobody, which no one is told of. Needs root and
-`ip` (iproute2). Namespaces are called tlite-PID-0 and -1, and removed at the end.
+Hosts are network namespaces joined by a pair of veth devices, with files of hosts of their own (gloo looks its own
+name up). `down` takes the link away; `lost` sends every packet of one host to nobody, which no one is told of. Needs
+root and `ip` (iproute2). Namespaces are called tlite-PID-0 and -1, and removed at the end.
 """
 
 import argparse
