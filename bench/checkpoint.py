@@ -20,9 +20,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tlite_jax.checkpoint import Meta, find, restore_optimizer, restore_params
+from tlite_jax.checkpoint import Meta, find
 from tlite_jax.checkpoint_saver import saver
-from tlite_jax.checkpoint_verify import require_intact
+from tlite_jax.checkpoint_verify import set_damaged_aside
 from tlite_jax.config import CheckpointConfig, MeshConfig, ModelConfig
 from tlite_jax.sharding import make_mesh
 from tlite_jax.train.state import TrainState, abstract_state
@@ -97,10 +97,13 @@ def _measure(
     found["dd read"] = _dd(f"if={plain} of=/dev/null bs=8M")
     plain.unlink()
     start = time.perf_counter()
-    checkpoint = find(run)
-    require_intact(checkpoint)
-    jax.block_until_ready((restore_params(checkpoint, mesh), restore_optimizer(checkpoint, mesh)))
+    reading = set_damaged_aside(run, mesh)
+    assert reading is not None
+    assert reading.is_of(find(run), mesh)
+    restored = jax.block_until_ready(reading.finish())
     found["verify and restore"] = time.perf_counter() - start
+    pairs = zip(jax.tree.leaves(restored), jax.tree.leaves((state.params, state.optimizer)), strict=True)
+    assert all(np.array_equal(array, expected) for array, expected in pairs)
     shutil.rmtree(run)
     return found
 

@@ -98,6 +98,7 @@ ARROWS = {
     "tlite_jax.checkpoint_reader": ["tlite_jax.errors"],
     "tlite_jax.checkpoint_seal": [
         "tlite_jax.checkpoint_peers",
+        "tlite_jax.checkpoint_reader",
         "tlite_jax.data.files",
         "tlite_jax.errors",
         "tlite_jax.verification",

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from tlite_jax.best import best_step_on_disk
 from tlite_jax.checkpoint_peers import Talk, alone
-from tlite_jax.checkpoint_reader import read_sharded
+from tlite_jax.checkpoint_reader import Reading, Target, read_sharded
 from tlite_jax.checkpoint_seal import seal
 from tlite_jax.checkpoint_slices import open_arrays, write_arrays
 from tlite_jax.config import ModelConfig, Section
@@ -204,6 +204,39 @@ def restore_optimizer(checkpoint: Checkpoint, mesh: Mesh) -> AdamState:
         raise UserError(f"{checkpoint.path} holds no optimizer state; use init_from.optimizer: reset")
     abstract = abstract_state(checkpoint.meta.model, mesh).optimizer
     return AdamState(**read_sharded(checkpoint.path / "optimizer", abstract._asdict()))
+
+
+class StateReading:
+    """Parameters and moments of a checkpoint on their way into their shards on a mesh.
+
+    Args:
+      checkpoint: with an optimizer.
+      mesh: where they go.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, mesh: Mesh) -> None:
+        wanted = abstract_state(checkpoint.meta.model, mesh)
+        self._path, self._mesh = checkpoint.path.absolute(), mesh
+        self._params = Reading(self._path / "params", wanted.params)
+        self._optimizer = Reading(self._path / "optimizer", wanted.optimizer._asdict())
+        self.bytes = self._params.bytes + self._optimizer.bytes
+        self.filled: frozenset[str] = frozenset()  # names of the files that have been read into their places
+        self._finished = False
+
+    def targets(self) -> dict[str, list[Target]]:
+        """By name of a file, where its bytes belong."""
+        found = {**self._params.targets(), **self._optimizer.targets()}
+        return {file.relative_to(self._path).as_posix(): targets for file, targets in found.items()}
+
+    def is_of(self, checkpoint: Checkpoint, mesh: Mesh) -> bool:
+        """Whether it can be finished for these."""
+        return not self._finished and self._path == checkpoint.path.absolute() and self._mesh == mesh
+
+    def finish(self) -> tuple[Any, AdamState]:
+        """Reads what has not been read; to be called once."""
+        self._finished = True
+        filled = {self._path / name for name in self.filled}
+        return self._params.finish(filled), AdamState(**self._optimizer.finish(filled))
 
 
 def save_model(

@@ -1,14 +1,16 @@
 """Arrays of a checkpoint into their shards, as fast as its files can be read.
 
 TensorStore reads any array of any layout. A stored chunk that is, byte for byte, a part of a shard needs less:
-TensorStore says where in the files it lies (`tensorstore.ocdbt.dump`), and it is read from there into the shard.
+TensorStore says where in the files it lies (`tensorstore.ocdbt.dump`), and it is read from there into the shard. Who
+verifies a file reads it anyway, and puts its bytes where they belong.
 """
 
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -24,7 +26,7 @@ _READ_BYTES = 16 << 20
 _AHEAD_BYTES = 4 << 30  # of the host's memory, for shards on their way to devices
 _ALIGNMENT = 64
 
-Index = tuple[slice, ...]
+Span = tuple[int, int]
 Shard = Any  # a numpy array
 
 
@@ -36,66 +38,105 @@ class Place(NamedTuple):
     bytes: int
 
 
-def read_sharded(directory: Path, abstract: Any) -> Any:
-    """Reads an item of a checkpoint into the shards of this process.
+class Target(NamedTuple):
+    """Where the bytes of a file from an offset on belong."""
+
+    offset: int
+    memory: memoryview
+
+
+@dataclass
+class _Array:
+    """An array that is to be read: its shards, and how each is filled."""
+
+    name: str
+    leaf: jax.ShapeDtypeStruct
+    shards: list[tuple[list[jax.Device], Shard]] = field(default_factory=list)
+    pieces: list[tuple[Place, memoryview]] = field(default_factory=list)
+    others: list[tuple[Any, Any]] = field(default_factory=list)  # from TensorStore to TensorStore
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.nbytes for _, shard in self.shards)
+
+
+class Reading:
+    """An item of a checkpoint on its way into the shards of this process.
 
     Args:
       directory: the item.
       abstract: nested dict of ShapeDtypeStructs with shardings. Where the stored shape differs, the difference is
         padding, which is zero; other dtypes are converted.
 
-    Returns:
-      Nested dict of arrays.
-
     Raises:
-      UserError: an array is absent or cannot be read.
+      UserError: an array is absent or cannot be opened.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    item = _Item(directory)
-    done: list[jax.Array] = []
-    under_way: deque[_Reading] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
+
+    def __init__(self, directory: Path, abstract: Any) -> None:
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(abstract)
+        self._item = _Item(directory)
+        self._arrays = deque(self._item.plan(".".join(key.key for key in path), leaf) for path, leaf in leaves)
+
+    @property
+    def bytes(self) -> int:
+        """What the shards take of the host's memory."""
+        return sum(array.bytes for array in self._arrays)
+
+    def targets(self) -> dict[Path, list[Target]]:
+        """By file, where its bytes belong."""
+        found: dict[Path, list[Target]] = {}
+        for place, memory in itertools.chain.from_iterable(array.pieces for array in self._arrays):
+            found.setdefault(place.file, []).append(Target(place.offset, memory))
+        return found
+
+    def finish(self, filled: Collection[Path] = ()) -> Any:
+        """Reads what is missing; to be called once.
+
+        Args:
+          filled: the files whose targets have been filled already.
+
+        Returns:
+          Nested dict of arrays.
+
+        Raises:
+          UserError: an array cannot be read.
+        """
+        done: list[jax.Array] = []
+        under_way: deque[tuple[_Array, list[Any]]] = deque()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            try:
+                while self._arrays:
+                    array = self._arrays.popleft()
+                    under_way.append((array, self._begin(array, filled, pool)))
+                    while len(under_way) > 1 and sum(array.bytes for array, _ in under_way) > _AHEAD_BYTES:
+                        done.append(self._placed(*under_way.popleft()))
+                while under_way:
+                    done.append(self._placed(*under_way.popleft()))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return jax.tree.unflatten(self._structure, done)
+
+    def _begin(self, array: _Array, filled: Collection[Path], pool: ThreadPoolExecutor) -> list[Any]:
+        futures: list[Any] = [target.write(source) for source, target in array.others]
+        for place, memory in array.pieces:
+            if place.file not in filled:
+                futures += [pool.submit(_fill, place, memory, begin) for begin in range(0, place.bytes, _READ_BYTES)]
+        return futures
+
+    def _placed(self, array: _Array, futures: list[Any]) -> jax.Array:
         try:
-            for path, leaf in leaves:
-                under_way.append(_Reading(item, ".".join(key.key for key in path), leaf, pool))
-                while len(under_way) > 1 and sum(reading.bytes for reading in under_way) > _AHEAD_BYTES:
-                    done.append(under_way.popleft().array())
-            done += [under_way.popleft().array() for _ in range(len(under_way))]
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return jax.tree.unflatten(structure, done)
-
-
-class _Reading:
-    """An array that is being read."""
-
-    def __init__(self, item: "_Item", name: str, leaf: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor) -> None:
-        self._leaf, self._name, self._directory = leaf, name, item.directory
-        self._shards: list[tuple[list[jax.Device], Shard]] = []
-        self._futures: list[Any] = []
-        stored = item.open(name)
-        by_index: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-            spans = tuple(
-                (part.start or 0, size if part.stop is None else part.stop)
-                for part, size in zip(index, leaf.shape, strict=True)
-            )
-            by_index.setdefault(spans, []).append(device)
-        for spans, devices in by_index.items():
-            shard = _empty(tuple(end - begin for begin, end in spans), leaf.dtype)
-            self._shards.append((devices, shard))
-            self._futures += item.read(name, stored, spans, shard, pool)
-        self.bytes = sum(shard.nbytes for _, shard in self._shards)
-
-    def array(self) -> jax.Array:
-        """Waits for it."""
-        try:
-            for future in self._futures:
+            for future in futures:
                 future.result()
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._directory}: {self._name} cannot be read: {str(error).splitlines()[0]}") from error
-        parts = [jax.device_put(shard, device) for devices, shard in self._shards for device in devices]
-        return jax.make_array_from_single_device_arrays(self._leaf.shape, self._leaf.sharding, parts)
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self._item.directory}: {array.name} cannot be read: {reason}") from error
+        parts = [jax.device_put(shard, device) for devices, shard in array.shards for device in devices]
+        return jax.make_array_from_single_device_arrays(array.leaf.shape, array.leaf.sharding, parts)
+
+
+def read_sharded(directory: Path, abstract: Any) -> Any:
+    """Reads an item of a checkpoint into the shards of this process; see `Reading`."""
+    return Reading(directory, abstract).finish()
 
 
 class _Item:
@@ -118,30 +159,35 @@ class _Item:
         except ValueError as error:
             raise UserError(f"{self.directory}: {name} cannot be opened: {str(error).splitlines()[0]}") from error
 
-    def read(
-        self, name: str, stored: Any, spans: Sequence[tuple[int, int]], shard: Shard, pool: ThreadPoolExecutor
-    ) -> list[Any]:
-        """Begins to fill a shard with what lies at `spans` of an array; returns what is to be waited for."""
-        inside = [(begin, min(end, size)) for (begin, end), size in zip(spans, stored.shape, strict=True)]
-        if inside != list(spans):
-            shard[...] = 0
-        if any(begin >= end for begin, end in inside):
-            return []
-        pieces = self._pieces(name, stored, spans, inside, shard)
-        if pieces is not None:
-            return [
-                pool.submit(_fill, place, piece, begin)
-                for place, piece in pieces
-                for begin in range(0, place.bytes, _READ_BYTES)
-            ]
-        source = stored[tuple(slice(*span) for span in inside)]
-        into = shard[(*(slice(0, end - begin) for begin, end in inside), ...)]
-        origin = [begin for begin, _ in inside]
-        target = tensorstore.array(into)[tensorstore.d[:].translate_to[origin]] if origin else tensorstore.array(into)
-        return [target.write(tensorstore.cast(source, shard.dtype))]
+    def plan(self, name: str, leaf: jax.ShapeDtypeStruct) -> _Array:
+        """How an array is read into shards, which are made; nothing is read."""
+        stored, array = self.open(name), _Array(name, leaf)
+        by_spans: dict[tuple[Span, ...], list[jax.Device]] = {}
+        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+            spans = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+            by_spans.setdefault(spans, []).append(device)
+        for spans, devices in by_spans.items():
+            shard = _empty(tuple(end - begin for begin, end in spans), leaf.dtype)
+            array.shards.append((devices, shard))
+            inside = [(begin, min(end, size)) for (begin, end), size in zip(spans, stored.shape, strict=True)]
+            if inside != list(spans):
+                shard[...] = 0
+            if any(begin >= end for begin, end in inside):
+                continue
+            pieces = self._pieces(name, stored, spans, inside, shard)
+            if pieces is not None:
+                array.pieces += pieces
+                continue
+            source = stored[tuple(slice(*span) for span in inside)]
+            into = shard[(*(slice(0, end - begin) for begin, end in inside), ...)]
+            target = tensorstore.array(into)
+            if inside:
+                target = target[tensorstore.d[:].translate_to[[begin for begin, _ in inside]]]
+            array.others.append((tensorstore.cast(source, shard.dtype), target))
+        return array
 
     def _pieces(
-        self, name: str, stored: Any, spans: Sequence[tuple[int, int]], inside: Sequence[tuple[int, int]], shard: Shard
+        self, name: str, stored: Any, spans: Sequence[Span], inside: Sequence[Span], shard: Shard
     ) -> list[tuple[Place, memoryview]] | None:
         """The chunks of a shard and where each belongs in it; None when they are not parts of it byte for byte."""
         layout = stored.spec().to_json()["metadata"]

@@ -7,7 +7,9 @@ means harm it is no signature.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+import types
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import xxhash
 
 from tlite_jax.checkpoint_peers import Talk
+from tlite_jax.checkpoint_reader import Target
 from tlite_jax.data.files import read_json, sync, write_json
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage
@@ -56,15 +59,14 @@ def seal(directory: Path, talk: Talk, then: Callable[[], None] = lambda: None) -
         then()
         return ""
 
-    own = [name for name in list_files(directory) if _writer(name, talk.count) == talk.process]
+    own = [name for name in list_files(directory) if (_writer(name) or 0) == talk.process]
     talk.meet("sealed", json.dumps(hash_files(directory, own)), finish)
 
 
-def _writer(name: str, count: int) -> int:
-    """The process of `count` that has written a file: Orbax says so in its path."""
+def _writer(name: str) -> int | None:
+    """The process that has written a file, if Orbax says so in its path."""
     found = _OF_PROCESS.search(name)
-    process = int(found[1]) if found else 0
-    return process if process < count else 0
+    return int(found[1]) if found else None
 
 
 def list_files(directory: Path) -> dict[str, int]:
@@ -78,7 +80,13 @@ def list_files(directory: Path) -> dict[str, int]:
 
 
 def share(sizes: Mapping[str, int], number: int, count: int) -> list[str]:
-    """The files that process `number` of `count` reads: each gets about as many bytes, and all find the same split."""
+    """The files that process `number` of `count` reads; all find the same split.
+
+    Those that it has written, which are mostly those that it needs; where others have written them, about as many bytes
+    as any other process.
+    """
+    if len({writer for name in sizes if (writer := _writer(name)) is not None}) == count:
+        return sorted(name for name in sizes if (_writer(name) or 0) == number)
     loads, mine = [0] * count, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         to = loads.index(min(loads))
@@ -126,8 +134,23 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
     return values["files"]
 
 
-def check_files(directory: Path, entries: Mapping[str, Entry], report: Report = lambda size: None) -> list[Damage]:
-    """Reads files whole, several at once, and compares them with their entries; returns what differs, by name."""
+def check_files(
+    directory: Path,
+    entries: Mapping[str, Entry],
+    report: Report = lambda size: None,
+    targets: Mapping[str, Sequence[Target]] = types.MappingProxyType({}),
+) -> list[Damage]:
+    """Reads files whole, several at once, and compares them with their entries.
+
+    Args:
+      directory: of a checkpoint.
+      entries: of its manifest.
+      report: called with the bytes of each piece that was read.
+      targets: by name, where parts of a file belong in memory: they are read into it.
+
+    Returns:
+      What differs, by name.
+    """
 
     def check(name: str) -> Damage | None:
         wanted = entries[name]
@@ -137,7 +160,7 @@ def check_files(directory: Path, entries: Mapping[str, Entry], report: Report = 
                 first = min(size, wanted["bytes"])
                 problem = f"{size:,} bytes instead of {wanted['bytes']:,}"
                 return Damage(name, problem, first, abs(size - wanted["bytes"]))
-            if _entry(directory / name, report)["hash"] != wanted["hash"]:
+            if _entry(directory / name, report, targets.get(name, ()))["hash"] != wanted["hash"]:
                 return Damage(name, "its bytes are not those that were written", 0, size)
         except FileNotFoundError:
             return Damage(name, "missing")
@@ -145,8 +168,10 @@ def check_files(directory: Path, entries: Mapping[str, Entry], report: Report = 
             return Damage(name, f"cannot be read: {error.strerror}")
         return None
 
+    largest_first = sorted(entries, key=lambda name: -entries[name]["bytes"])
     with ThreadPoolExecutor(_THREADS) as pool:
-        return [damage for damage in pool.map(check, sorted(entries)) if damage is not None]
+        found = [damage for damage in pool.map(check, largest_first) if damage is not None]
+    return sorted(found, key=lambda damage: damage.file)
 
 
 def strangers(directory: Path, entries: Collection[str]) -> list[str]:
@@ -154,12 +179,22 @@ def strangers(directory: Path, entries: Collection[str]) -> list[str]:
     return [name for name in list_files(directory) if name not in entries]
 
 
-def _entry(path: Path, report: Report = lambda size: None) -> Entry:
-    hasher, size, buffer = xxhash.xxh3_128(), 0, bytearray(_CHUNK)
-    view = memoryview(buffer)
+def _entry(path: Path, report: Report = lambda size: None, targets: Sequence[Target] = ()) -> Entry:
+    """Reads a file once, from its begin to its end: what targets want into them."""
+    hasher, position, scratch = xxhash.xxh3_128(), 0, memoryview(bytearray(_CHUNK))
+    wanted = deque(sorted(targets, key=lambda target: target.offset))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        while True:
+            while wanted and wanted[0].offset + len(wanted[0].memory) <= position:
+                wanted.popleft()
+            view = scratch
+            if wanted and wanted[0].offset <= position:
+                view = wanted[0].memory[position - wanted[0].offset :]
+            elif wanted:
+                view = scratch[: wanted[0].offset - position]
+            count = file.readinto(view[:_CHUNK])
+            if not count:
+                return {"bytes": position, "hash": hasher.hexdigest()}
             hasher.update(view[:count])
-            size += count
+            position += count
             report(count)
-    return {"bytes": size, "hash": hasher.hexdigest()}

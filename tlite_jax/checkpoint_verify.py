@@ -1,13 +1,16 @@
 """Is a checkpoint as it was written? Asked before a run goes on from one, and by `launch verify`."""
 
 import json
+import re
 import sys
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
-from tlite_jax.checkpoint import Checkpoint, is_step, steps_on_disk
-from tlite_jax.checkpoint_peers import new_talk
+from jax.sharding import Mesh
+
+from tlite_jax.checkpoint import Checkpoint, StateReading, find, is_step, steps_on_disk
+from tlite_jax.checkpoint_peers import Talk, new_talk
 from tlite_jax.checkpoint_seal import MANIFEST, Entry, UnsealedError, check_files, read_manifest, share, strangers
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage, Progress, Verification
@@ -70,16 +73,21 @@ def _verify(kind: str, path: Path, directories: Collection[Path], progress: Prog
     return Verification(kind, path, files, total, checked, tuple(damages), tuple(unchecked))
 
 
-def damages_of(directory: Path, items: Collection[str] = ()) -> list[Damage]:
+def damages_of(directory: Path, items: Collection[str] = (), reading: StateReading | None = None) -> list[Damage]:
     """What is wrong with a step, or with some of its items: params, optimizer, meta.
 
     All processes call it; each reads a share, and all get what any has found.
+
+    Args:
+      directory: the step.
+      items: of it; none: all.
+      reading: what is read is put where this process needs it.
 
     Raises:
       PeerError: a process did not come.
     """
     talk = new_talk(f"verify {directory.name}")
-    found = _damages_of_share(directory, items, talk.process, talk.count)
+    found = _damages_of_share(directory, items, talk, reading)
     if talk.count == 1:
         return found
 
@@ -91,13 +99,20 @@ def damages_of(directory: Path, items: Collection[str] = ()) -> list[Damage]:
     return [Damage(**values) for values in json.loads(talk.meet("verified", word, unite))]
 
 
-def _damages_of_share(directory: Path, items: Collection[str], process: int, count: int) -> list[Damage]:
+def _damages_of_share(
+    directory: Path, items: Collection[str], talk: Talk, reading: StateReading | None
+) -> list[Damage]:
     try:
         entries = read_manifest(directory)
     except UnsealedError as error:
         return [] if _is_older(directory) else [Damage(MANIFEST, str(error))]
     sizes = {name: entry["bytes"] for name, entry in entries.items() if not items or name.split("/")[0] in items}
-    return check_files(directory, {name: entries[name] for name in share(sizes, process, count)})
+    mine = {name: entries[name] for name in share(sizes, talk.process, talk.count)}
+    if reading is None:
+        return check_files(directory, mine)
+    targets = reading.targets()
+    reading.filled = frozenset(targets.keys() & mine.keys())
+    return check_files(directory, mine, targets=targets)
 
 
 def require_intact(checkpoint: Checkpoint, items: Collection[str] = ()) -> None:
@@ -108,8 +123,15 @@ def require_intact(checkpoint: Checkpoint, items: Collection[str] = ()) -> None:
         )
 
 
-def set_damaged_aside(run: Path) -> None:
+def set_damaged_aside(run: Path, mesh: Mesh | None = None) -> StateReading | None:
     """Renames steps newer than the newest intact one to STEP.damaged, each with a line that says why.
+
+    Args:
+      run: directory.
+      mesh: where the state of the newest intact step will be wanted.
+
+    Returns:
+      That state, read while it was verified; None when it was not.
 
     Raises:
       UserError: there are steps, and none is intact; nothing is renamed then.
@@ -117,13 +139,16 @@ def set_damaged_aside(run: Path) -> None:
     damaged: list[tuple[int, str]] = []
     answer = new_talk("steps").meet("steps", decide=lambda words: json.dumps(steps_on_disk(run)))
     steps: list[int] = json.loads(answer)
+    reading = None
     for step in reversed(steps):
-        found = damages_of(run / "checkpoints" / str(step))
+        directory = run / "checkpoints" / str(step)
+        reading = _reading_of(directory, mesh) if mesh is not None else None
+        found = damages_of(directory, reading=reading)
         if not found:
             break
         damaged.append((step, f"{found[0]}{_others(found)}"))
     if not damaged:
-        return
+        return reading
     if len(damaged) == len(steps):
         raise UserError(
             f"no checkpoint of {run} is intact; the newest, {damaged[0][0]}: {damaged[0][1]}; restore one from a copy, "
@@ -138,6 +163,21 @@ def set_damaged_aside(run: Path) -> None:
         return ""
 
     new_talk("damaged").meet("set aside", decide=rename)
+    return reading
+
+
+def _reading_of(directory: Path, mesh: Mesh) -> StateReading | None:
+    """Where the state of a step belongs; None when it cannot be told, or takes too much of the host's memory."""
+    try:
+        reading = StateReading(find(directory), mesh)
+    except Exception:  # whatever a damaged index, or a damaged meta, may say: its verification tells what is wrong
+        return None
+    return reading if reading.bytes < _available_memory() / 2 else None
+
+
+def _available_memory() -> int:
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _free_name(directory: Path) -> Path:

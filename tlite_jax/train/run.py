@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tlite_jax import checkpoint as checkpoints
-from tlite_jax.checkpoint import Checkpoint, Meta, Recent
+from tlite_jax.checkpoint import Checkpoint, Meta, Recent, StateReading
 from tlite_jax.checkpoint_verify import require_intact, set_damaged_aside
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
@@ -46,6 +46,7 @@ class Run:
     resumed: Checkpoint | None
     schedule_offset: int
     total_steps: int
+    reading: StateReading | None = None  # of the state of `resumed`, which was read while it was verified
 
     @property
     def plan(self) -> Plan:
@@ -150,7 +151,7 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     if mesh is not None:
         check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
     _finish_rewind(config.output)
-    set_damaged_aside(config.output)
+    reading = set_damaged_aside(config.output, mesh)
     config, base, resumed = resolve(config)
     if base is not None:
         require_intact(base)
@@ -181,7 +182,7 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
         schedule_offset = resumed.meta.schedule_offset
     else:
         schedule_offset = base.step + base.meta.schedule_offset if carried and base is not None else 0
-    return Run(config, directory, timeline, store, base, resumed, schedule_offset, total_steps)
+    return Run(config, directory, timeline, store, base, resumed, schedule_offset, total_steps, reading)
 
 
 def _finish_rewind(directory: Path) -> None:
@@ -198,8 +199,10 @@ def first_state(run: Run, mesh: Mesh) -> TrainState:
     """The state to go on from: the run's own checkpoint, its source's, or random weights."""
     assert run.config.model is not None
     if run.resumed is not None:
-        params = checkpoints.restore_params(run.resumed, mesh)
-        state = start_state(params, checkpoints.restore_optimizer(run.resumed, mesh), mesh)
+        reading = run.reading
+        if reading is None or not reading.is_of(run.resumed, mesh):
+            reading = checkpoints.StateReading(run.resumed, mesh)
+        state = start_state(*reading.finish(), mesh)
         return state._replace(step=jax.device_put(jax.numpy.int32(run.resumed.step), state.step.sharding))
     if run.base is not None and run.config.init_from is not None:
         adam = None
