@@ -178,10 +178,13 @@ class _Reader:
 
     def _spanned(self, computation: Computation, place: int, sent: "_Sent") -> float:
         """FLOPs between a start and its end, in the order of the schedule."""
-        start, total = computation.instructions[place], 0.0
+        started, total = {computation.instructions[place].name}, 0.0
         for instruction in computation.instructions[place + 1 :]:
-            if start.name in instruction.operands and instruction.opcode.endswith("-done"):
-                break
+            if not started.isdisjoint(instruction.operands):
+                if instruction.opcode.endswith("-done"):
+                    break
+                if instruction.opcode.endswith("-update"):
+                    started.add(instruction.name)
             if _ends_fused(self.module, instruction, sent.collective):
                 break
             total += self.flops(instruction, computation)
@@ -200,19 +203,20 @@ class _Sent(NamedTuple):
 def _sent(module: Module, computation: Computation, instruction: Instruction) -> _Sent | None:
     """What an instruction sends, if it sends anything.
 
-    On TPUs collectives are fusions: an all-reduce with the slice of it that is kept (a reduce-scatter by another
-    name), or one that other fusions carry on beside their products until one that ends it; those send nothing new.
+    On TPUs SparseCores carry a collective as a call that starts and is done. Where they do not, collectives are
+    fusions: an all-reduce with the slice of it that is kept (a reduce-scatter by another name), or one that other
+    fusions carry on beside their products until one that ends it; those send nothing new.
     """
     opcode = instruction.opcode.removesuffix("-start")
     if opcode in COLLECTIVES:
         return _Sent(opcode, computation, instruction, instruction.opcode != opcode)
-    if opcode not in ("async", "fusion"):
+    if opcode not in ("async", "call", "fusion") or instruction.opcode == "call":
         return None
     called = module.computations.get(dict(instruction.called).get("calls", ""))
     inner = next((i for i in called.instructions if i.opcode in COLLECTIVES), None) if called else None
     if called is None or inner is None:
         return None
-    if opcode == "async":
+    if opcode in ("async", "call"):
         return _Sent(inner.opcode, called, inner, True)
     if "all-reduce-scatter" in called.name:
         return _Sent("reduce-scatter", called, inner, False)

@@ -59,7 +59,7 @@ class Instruction:
         pairs = [
             ("calls" if role == "to_apply" else role, name)
             for role, name in _CALLED.findall(self.text)
-            if role != "to_apply" or self.opcode == "call"
+            if role != "to_apply" or self.opcode in ("call", "call-start")
         ]
         if branches := _BRANCHES.search(self.text):
             pairs += [("branch", name.strip().lstrip("%")) for name in branches[1].split(",")]

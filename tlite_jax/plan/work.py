@@ -22,7 +22,8 @@ _STILL = [
     "after-all",
     "opt-barrier",
 ]
-_STILL += ["partition-id", "replica-id", "async-start", "async-update", "async-done"]
+_STILL += ["partition-id", "replica-id"]
+_STILL += [f"{of}-{part}" for of in ("async", "call") for part in ("start", "update", "done")]
 _FREE = frozenset(_STILL) | {f"{kind}{suffix}" for kind in COLLECTIVES for suffix in ("", "-start", "-done")}
 _SLICES = ("slice", "dynamic-slice")
 _KERNELS = ("fmha", "triton", "mosaic_gpu", "tpu_custom_call")

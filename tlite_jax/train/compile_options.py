@@ -15,9 +15,20 @@ from tlite_jax.sharding import num_shards
 
 Options = dict[str, bool | int | str]
 MARGIN = 1 << 20  # bytes, for the padding of shards
-# Gathers of weights go on beside products, several products long; otherwise libtpu ends each before the next begins.
-# (Fusing reduce-scatters too does not fit into vector memory at 8B's widths.)
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 TPU: Options = {
+    # Where a chip has SparseCores (v5p, v6e, 7x) they carry the collectives, and products go on beside: without these
+    # only the 7x does so, and elsewhere reduce-scatters and sums over replicas have no start and no end at all. A group
+    # of devices may lie along one axis of the slice, in a plane or in a cube.
+    f"{_OFFLOAD}all_gather": True,
+    f"{_OFFLOAD}2d_all_gather": True,
+    f"{_OFFLOAD}3d_all_gather": True,
+    f"{_OFFLOAD}reduce_scatter": True,
+    f"{_OFFLOAD}all_reduce": True,
+    # All that is ready queues up for the SparseCores at once; otherwise the scheduler starts one as another ends.
+    "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": True,
+    # Where it has none (v5e), gathers of weights go on beside products, several products long; otherwise libtpu ends
+    # each before the next begins. (Fusing reduce-scatters too does not fit into vector memory at 8B's widths.)
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
