@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from tlite_jax.errors import SpikesError, UserError
+from tlite_jax.errors import CorruptionError, SpikesError, UserError
 
 # command -> module of this package whose `main` is the command, or whose `app` holds several
 COMMANDS = {
@@ -88,7 +88,7 @@ def main() -> None:
         build_app()()
     except UserError as error:
         _fail(error, EXIT_USAGE)
-    except SpikesError as error:
+    except (SpikesError, CorruptionError) as error:
         _fail(error, error.exit_status)
     except (KeyboardInterrupt, _CommandInterruptedError) as error:
         _fail(error, EXIT_INTERRUPTED, "interrupted; start the same command again to go on")

@@ -163,6 +163,8 @@ ARROWS = {
     "tlite_jax.train.anomalies": ["tlite_jax"],
     "tlite_jax.train.spike_detector": ["tlite_jax.config"],
     "tlite_jax.train.spikes": ["tlite_jax"],
+    "tlite_jax.train.digest": ["tlite_jax.sharding"],
+    "tlite_jax.train.corruption": ["tlite_jax"],
     "tlite_jax.train.spike_rewind": ["tlite_jax"],
     "tlite_jax.train.log": ["tlite_jax"],
     "tlite_jax.train.loop": ["tlite_jax"],

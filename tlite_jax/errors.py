@@ -17,6 +17,12 @@ class SpikesError(RuntimeError):
     exit_status = 77
 
 
+class CorruptionError(RuntimeError):
+    """A device computes or holds other bits than it should; the command ends with status 78."""
+
+    exit_status = 78
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Imports an optional dependency, or says in one line which extra provides it.
 

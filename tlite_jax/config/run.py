@@ -152,6 +152,12 @@ class TrainConfig(Section):
         default=5, description="the run fails after so many steps in a row whose loss or gradients are not finite"
     )
     spikes: SpikesConfig = SpikesConfig()
+    verify_every: NonNegative = Field(
+        default=0, description="steps; so often one is computed twice and compared bit for bit; 0: never"
+    )
+    compare_replicas_every: NonNegative = Field(
+        default=0, description="steps; so often the replicas of all parameters and moments are compared; 0: never"
+    )
 
 
 class MeshConfig(Section):

@@ -18,6 +18,7 @@ from tlite_jax.train.directory import ANOMALIES_FILE
 from tlite_jax.train.run import Run
 
 NOT_FINITE, SPIKE = "not_finite", "spike"
+COMPUTED_TWICE, REPLICAS = "computed_twice", "replicas"  # computing them again does not find them again
 
 
 class Anomalies:
@@ -28,7 +29,8 @@ class Anomalies:
       num_spikes: steps up to now that were written down as spikes.
 
     Args:
-      run: lines of steps after the one that it goes on from, left by a try that was interrupted, are removed.
+      run: lines of steps after the one that it goes on from, left by a try that was interrupted, are removed, except
+        those that say what a device did.
 
     Raises:
       UserError: the file holds lines that are not ours.
@@ -38,7 +40,7 @@ class Anomalies:
         self._run, self._path = run, run.directory / ANOMALIES_FILE
         self._writes = jax.process_index() == 0
         before = run.start_step if run.resumed else -1
-        lines = [found for found in _lines(self._path) if found[0] <= before]
+        lines = [found for found in _lines(self._path) if found[0] <= before or found[1] in (COMPUTED_TWICE, REPLICAS)]
         self.in_a_row = _streak([step for step, kind, _ in lines if kind == NOT_FINITE], run.start_step)
         self.num_spikes = sum(kind == SPIKE for _, kind, _ in lines)
         if self._writes and self._path.exists():

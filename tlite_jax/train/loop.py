@@ -22,6 +22,7 @@ from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.goodput import FILE, Stopwatch
 from tlite_jax.telemetry.metrics import Sink
 from tlite_jax.telemetry.resources import Resources
+from tlite_jax.train.corruption import checked
 from tlite_jax.train.lock import locked
 from tlite_jax.train.log import Log, writer
 from tlite_jax.train.run import Run, first_state
@@ -91,6 +92,7 @@ def train(
       FloatingPointError: `train.max_skipped_in_a_row` steps were skipped in a row; none of them is saved.
       SpikeFoundError: the run is to go back before a spike: `train.spike_rewind.train_to_the_end` does it.
       SpikesError: it has gone back too often.
+      CorruptionError: a device computes or holds other bits than it should.
     """
     config = run.config
     assert config.model is not None
@@ -104,8 +106,6 @@ def train(
         schedule=lambda step: schedule(step + run.schedule_offset),
         document_masking=config.data.has_segments,
     )
-    if around_step is not None:
-        step_fn = around_step(step_fn)
     data = batches(
         run.timeline.from_row(run.rows_consumed),
         run.store,
@@ -130,6 +130,9 @@ def train(
         with watch.section("restore"):
             state = jax.block_until_ready(first_state(run, mesh))
         log = Log(run, mesh, metrics_writer)
+        step_fn = checked(step_fn, run, mesh, log.anomalies)
+        if around_step is not None:
+            step_fn = around_step(step_fn)
         try:
             result = _loop(run, state, step_fn, data, checkpoints, log, stop, evaluate, watch)
         except SpikeFoundError as spike:
