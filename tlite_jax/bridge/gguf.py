@@ -120,6 +120,9 @@ def model_config_from_gguf(metadata: Mapping[str, Any], stored: Mapping[str, Sto
         raise UserError(f"{origin}: token_embd.weight is missing or not a matrix")
     values["vocab_size"] = embedding.shape[0]
     theta = values["rope_theta"] = _short_float(get("rope.freq_base", 10000.0))
+    if type(head_dim) is not int or not isinstance(theta, float) or not 0 < theta < math.inf:
+        said = f"llama.rope.freq_base is {shown(repr(theta))}, heads have {shown(repr(head_dim))} dims"
+        raise UserError(f"{origin}: {said}; a number above 0 and a whole number are needed")
     values["rope_scaling"] = _rope_scaling(stored.get(ROPE_FACTORS), head_dim, theta, metadata, origin)
     if isinstance(deviation := metadata.get(INITIALIZER_KEY), float):
         values["initializer_range"] = _short_float(deviation)
