@@ -66,6 +66,7 @@ def test_the_device_that_holds_something_else_is_named(harm, name: str) -> None:
     assert (found.array, [device.id for device in found.devices], found.sure) == (name, [5], True)
     (found,) = digester.between(before, digester(state))
     assert (found.array, [device.id for device in found.devices]) == (name, [5])
+    assert (before != digester(state)).sum() == 2  # both sums see it
 
 
 def test_of_two_replicas_either_may_be_wrong() -> None:
