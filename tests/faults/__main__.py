@@ -30,6 +30,7 @@ FAULTS = (
     Fault("lost", "a process killed, stopped, stuck or absent", 20, ("-m", "tests.faults.lost", "--count", "{}")),
     Fault("slow", "a slow process", 3, ("-m", "tests.faults.slow", "--count", "{}")),
     Fault("network", "a network that is cut (root)", 3, ("-m", "tests.faults.network", "--count", "{}")),
+    Fault("spikes", "bad rows, two processes go back by themselves", 8, ("-m", "tests.faults.spikes", "--count", "{}")),
     Fault("models", "a spoiled model file", 20_000, ("-m", "tests.bridge.fuzzing", "--count", "{}")),
     Fault("prepare", "SIGKILL while preparing", 300, (*PYTEST, "tests/data/test_workers.py")),
     Fault("hostile", "hostile files, code in data", 1, (*PYTEST, "tests/bridge/test_hostile.py", "tests/faults")),

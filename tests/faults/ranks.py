@@ -73,11 +73,13 @@ def _train(config: Path, coordinator: str, processes: int, rank: int) -> None:
 
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    status = 0
     try:
         main(config, coordinator=coordinator, num_processes=processes, process_id=rank)
     except typer.Exit as end:
-        jax.distributed.shutdown()  # as Python's end does in a process that was not forked: process 0 goes last
-        raise SystemExit(end.exit_code) from end
+        status = end.exit_code
+    jax.distributed.shutdown()  # as Python's end does in a process that was not forked: process 0 goes last
+    raise SystemExit(status)
 
 
 def preempt(data: Path, scratch: Path, chance: np.random.Generator) -> dict[str, float]:
