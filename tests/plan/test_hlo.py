@@ -153,6 +153,46 @@ def test_a_tpus_fused_collectives_count_once_and_hide_behind_what_carries_them()
     assert scatter.wire_bytes == 64 * 4096 * 4 * 3 // 4
 
 
+SPARSECORE_COLLECTIVES = """HloModule m
+
+%gathering (p: bf16[16,4096]) -> bf16[64,4096] {
+  %p = bf16[16,4096]{1,0} parameter(0)
+  ROOT %g = bf16[64,4096]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%scattering (p: f32[64,4096]) -> f32[16,4096] {
+  %p = f32[64,4096]{1,0} parameter(0)
+  ROOT %r = f32[16,4096]{1,0} reduce-scatter(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (q: bf16[16,4096], x: bf16[128,64], w: bf16[64,32], p: f32[64,4096]) -> bf16[64,4096] {
+  %q = bf16[16,4096]{1,0} parameter(0)
+  %x = bf16[128,64]{1,0} parameter(1)
+  %w = bf16[64,32]{1,0} parameter(2)
+  %p = f32[64,4096]{1,0} parameter(3)
+  %c.1 = ((bf16[16,4096]), bf16[64,4096]) call-start(%q), async_execution_thread="sparsecore", to_apply=%gathering
+  %c.2 = ((), f32[16,4096]{1,0}) call-start(), async_execution_thread="sparsecore", to_apply=%scattering
+  %u.2 = ((f32[64,4096]{1,0}), f32[16,4096]{1,0}) call-update(%c.2, %p)
+  %d.1 = bf16[128,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  %e.2 = f32[16,4096]{1,0} call-done(%u.2)
+  %d.2 = bf16[128,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %e.1 = bf16[64,4096]{1,0} call-done(%c.1)
+}
+"""
+
+
+def test_collectives_that_sparsecores_carry_hide_behind_what_runs_until_they_are_done():
+    intent = Intent(tiny_model(), ExecutionConfig(), num_replicas=2, num_shards=4)
+    module = Module(SPARSECORE_COLLECTIVES)
+    gather, scatter = collectives(module, intent, module.flops, devices_per_node=4)[0]
+    product = 2 * 128 * 64 * 32
+    assert (gather.kind, gather.is_async, gather.overlapped_flops) == ("all-gather", True, 2 * product)
+    assert (scatter.kind, scatter.is_async, scatter.overlapped_flops) == ("reduce-scatter", True, product)
+    assert (gather.wire_bytes, scatter.wire_bytes) == (64 * 4096 * 2 * 3 // 4, 64 * 4096 * 4 * 3 // 4)
+    moved = Executed(module, Kernels(0, 0, 1)).work(tiny_model(), needed_flops=0, shard_bytes=0)
+    assert moved.elementwise_bytes == 0
+
+
 def test_traffic_counts_slices_and_updates_in_place_as_what_they_move():
     """A loop that reads a row of a large array and writes one of another: rows, not arrays."""
 
