@@ -15,7 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
-EXIT_RESTART = 76
+from tlite_jax.telemetry.watchdog import EXIT_RESTART
+
 LOST = "lost another process of the job, start it again: jax's message above says which"
 _STDERR = 2
 _kept: list[Any] = []  # handlers that C knows of

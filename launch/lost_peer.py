@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_RESTART = 76
+from tlite_jax.telemetry.watchdog import EXIT_RESTART
+
 # How the runtime begins such errors, and who writes them: gloo between CPUs, NCCL between GPUs, jax's coordinator.
 _CODES = re.compile(r"^(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b")
 _TRANSPORTS = re.compile(

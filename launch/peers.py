@@ -36,10 +36,8 @@ class JobBoard:
 
 
 def job_board() -> JobBoard | None:
-    """The board of this job; None for a process that is alone.
+    """The board of this job; None for a process that is alone."""
+    from tlite_jax.coordinator import store
 
-    jax has no public name for its store; Orbax takes it from the same place.
-    """
-    from jax._src.distributed import global_state
-
-    return JobBoard(global_state.client) if global_state.client is not None else None
+    client = store()
+    return JobBoard(client) if client is not None else None

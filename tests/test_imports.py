@@ -93,8 +93,7 @@ ARROWS = {
         "tlite_jax.train.step",
     ],
     "tlite_jax.checkpoint_slices": ["tlite_jax.errors", "tlite_jax.model"],
-    # It names the order of the data by its segments, and reads no data.
-    "tlite_jax.checkpoint_peers": [],
+    "tlite_jax.checkpoint_peers": ["tlite_jax.coordinator"],
     "tlite_jax.checkpoint_reader": ["tlite_jax.errors"],
     "tlite_jax.checkpoint_seal": [
         "tlite_jax.checkpoint_peers",
@@ -118,6 +117,8 @@ ARROWS = {
         "tlite_jax.errors",
         "tlite_jax.verification",
     ],
+    "tlite_jax.coordinator": [],
+    # It names the order of the data by its segments, and reads no data.
     "tlite_jax.checkpoint": [
         "tlite_jax.checkpoint_peers",
         "tlite_jax.checkpoint_reader",

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from tlite_jax.coordinator import store
+
 PATIENCE_SECONDS = 1200.0
 _LONGEST_PAUSE = 0.5
 _ROOT = "tlite/checkpoint"
@@ -143,10 +145,8 @@ class Peers:
 
 @functools.cache
 def peers() -> Peers:
-    """Of this job. jax has no public name for its store; Orbax takes it from the same place."""
-    from jax._src.distributed import global_state
-
-    return Peers(global_state.client, jax.process_index(), jax.process_count())
+    """Of this job."""
+    return Peers(store(), jax.process_index(), jax.process_count())
 
 
 def new_talk(what: str) -> Talk:

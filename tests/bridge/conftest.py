@@ -1,4 +1,4 @@
-"""Tiny models and a tokenizer on disk, as transformers saves them."""
+"""Tiny models and a tokenizer on disk, as transformers saves them, and as tests spoil them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.bridge.fuzzing import made_gguf, made_hf
 from tests.bridge.tiny import tiny_model, train_tokenizer
 
 
@@ -37,3 +38,15 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}"
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """A directory as transformers has it."""
+    return made_hf(tmp_path / "hf")
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    """A GGUF file."""
+    return made_gguf(tmp_path / "gguf")

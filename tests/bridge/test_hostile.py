@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch.import_ import import_model
-from tests.bridge.fuzzing import made_gguf, made_hf
 from tests.bridge.tiny import edit_json
 from tlite_jax.bridge import gguf_file, safetensors_io
 from tlite_jax.bridge.gguf import import_gguf
@@ -20,16 +19,6 @@ from tlite_jax.bridge.hf import import_hf
 from tlite_jax.bridge.tokenizer import load_tokenizer, tokenizer_from_gguf
 from tlite_jax.bridge.verify import verify_gguf, verify_hf
 from tlite_jax.errors import UserError
-
-
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return made_hf(tmp_path / "hf")
-
-
-@pytest.fixture
-def gguf(tmp_path: Path) -> Path:
-    return made_gguf(tmp_path / "gguf")
 
 
 def refused(path: Path, words: str, seconds: float = 10) -> None:

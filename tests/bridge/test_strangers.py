@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.bridge.fuzzing import made_gguf, made_hf
 from tlite_jax.bridge.files import contained
 from tlite_jax.bridge.gguf import import_gguf
 from tlite_jax.bridge.hf import import_hf
@@ -16,16 +15,6 @@ from tlite_jax.errors import UserError
 from tlite_jax.release.files import find_exports
 
 _THETA = b"llama.rope.freq_base"
-
-
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return made_hf(tmp_path / "hf")
-
-
-@pytest.fixture
-def gguf(tmp_path: Path) -> Path:
-    return made_gguf(tmp_path / "gguf")
 
 
 def damages(path: Path) -> str:

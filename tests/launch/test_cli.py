@@ -7,42 +7,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from launch import __main__ as launch_main
 from tests import tiny
+from tests.launch.in_process import Ended, run_command
 from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.train import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
-class Called(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Called]]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ended]]:
     """Calls `python -m launch` in this process."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("TLITE_DEBUG", "")  # so that what --debug sets is undone
 
-    def invoke(*words: object) -> Called:
-        monkeypatch.setattr(sys, "argv", ["launch", *map(str, words)])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        return Called(status, *capsys.readouterr())
+    def invoke(*words: object) -> Ended:
+        return run_command(monkeypatch, capsys, *words)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield invoke
@@ -58,7 +43,7 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refuse(call: Callable[..., Called], place: Path) -> Callable[..., str]:
+def refuse(call: Callable[..., Ended], place: Path) -> Callable[..., str]:
     """Asserts that a command is refused: one line, status 2, nothing written or harmed. Returns the line."""
 
     def invoke(*words: object) -> str:
@@ -74,7 +59,7 @@ def refuse(call: Callable[..., Called], place: Path) -> Callable[..., str]:
     return invoke
 
 
-def test_help_lists_every_command_in_the_order_of_a_run(call: Callable[..., Called]) -> None:
+def test_help_lists_every_command_in_the_order_of_a_run(call: Callable[..., Ended]) -> None:
     ended = call("--help")
     assert ended.status == 0
     places = [ended.out.index(f"\n  {command} ") for command in launch_main.COMMANDS]
@@ -83,7 +68,7 @@ def test_help_lists_every_command_in_the_order_of_a_run(call: Callable[..., Call
 
 
 @pytest.mark.parametrize("command", launch_main.COMMANDS)
-def test_every_command_shows_an_example(command: str, call: Callable[..., Called]) -> None:
+def test_every_command_shows_an_example(command: str, call: Callable[..., Ended]) -> None:
     ended = call(command, "--help")
     assert ended.status == 0
     assert f"Example: python -m launch {command}" in ended.out
@@ -112,7 +97,7 @@ def test_a_missing_document_is_refused(refuse: Callable[..., str], place: Path) 
     assert "absent.jsonl" in refuse("prepare", place / "run.yaml", *words)
 
 
-def test_an_empty_corpus_is_refused(call: Callable[..., Called], place: Path) -> None:
+def test_an_empty_corpus_is_refused(call: Callable[..., Ended], place: Path) -> None:
     (place / "empty.jsonl").write_text("")
     words = [f"data.prepare.sources=[{{name: ru, paths: [{place}/empty.jsonl]}}]", f"data.buckets={place}/buckets"]
     before = tiny.contents(place)
@@ -149,7 +134,7 @@ def test_an_unwritable_output_is_refused(refuse: Callable[..., str], place: Path
 
 
 def test_an_output_of_another_run_is_refused(
-    refuse: Callable[..., str], call: Callable[..., Called], place: Path
+    refuse: Callable[..., str], call: Callable[..., Ended], place: Path
 ) -> None:
     tiny.start(tiny.config(place / "run", *tiny.from_imported()))
     line = refuse("train", place / "run.yaml", *tiny.from_imported(), "optimizer.learning_rate=1e-4")
@@ -174,7 +159,7 @@ def test_other_mistakes_are_one_line_too(refuse: Callable[..., str], place: Path
 
 
 def test_a_failure_of_ours_is_one_line_and_debug_shows_the_trace(
-    call: Callable[..., Called], place: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., Ended], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_, **__):
         raise RuntimeError("first line\nsecond line")
@@ -189,7 +174,7 @@ def test_a_failure_of_ours_is_one_line_and_debug_shows_the_trace(
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_saves_and_has_its_own_status(
-    number: signal.Signals, status: int, call: Callable[..., Called], place: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, status: int, call: Callable[..., Ended], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = loop.batches
 
@@ -213,7 +198,7 @@ def test_a_signal_saves_and_has_its_own_status(
 
 
 def test_ctrl_c_where_nothing_can_be_saved(
-    call: Callable[..., Called], place: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., Ended], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -224,7 +209,7 @@ def test_ctrl_c_where_nothing_can_be_saved(
     assert ended.err == "error: interrupted; start the same command again to go on\n"
 
 
-def test_a_trained_run_is_evaluated_continued_and_exported(call: Callable[..., Called], place: Path) -> None:
+def test_a_trained_run_is_evaluated_continued_and_exported(call: Callable[..., Ended], place: Path) -> None:
     """The commands after training, on one run."""
     run = place / "run"
     tiny.start(tiny.config(run, *tiny.from_imported()))

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +14,12 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from launch import __main__ as launch_main
 from launch import doctor
 from launch.doctor_parts import installed, interconnect, machine
 from launch.doctor_parts.findings import Finding, refused
 from launch.doctor_parts.interconnect import Rate
 from tests import tiny
+from tests.launch.in_process import run_command
 from tlite_jax.errors import UserError
 from tlite_jax.plan.topology import load_hardware
 
@@ -51,14 +50,7 @@ def call(
     tiny.write_config(tmp_path / "run.yaml", tmp_path / "run")
 
     def invoke(*words: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["launch", "doctor", *map(str, words)])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Ended(status, *capsys.readouterr())
+        return Ended(*run_command(monkeypatch, capsys, "doctor", *words))
 
     handler = signal.getsignal(signal.SIGTERM)
     yield invoke

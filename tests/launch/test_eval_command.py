@@ -5,22 +5,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from launch import __main__ as launch_main
 from tests import tiny
+from tests.launch.in_process import Ended, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness's own libraries
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -29,14 +20,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     monkeypatch.setenv("TLITE_DEBUG", "")
 
     def invoke(*words: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["launch", *map(str, words)])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        return Ended(status, *capsys.readouterr())
+        return run_command(monkeypatch, capsys, *words)
 
     return invoke
 

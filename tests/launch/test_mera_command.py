@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 
 from bench import mini_mera
-from launch import __main__ as launch_main
 from launch.mera import fingerprint, sampling_of
 from tests import tiny
 from tests.helpers import quick_jit
+from tests.launch.in_process import run_command
 from tlite_jax.checkpoint import save_model
 from tlite_jax.config import ModelConfig
 from tlite_jax.evaluate.mera.tasks import TOTAL_TASKS
@@ -40,14 +39,7 @@ def call(monkeypatch, capsys):
     monkeypatch.setattr(jax, "jit", quick_jit)
 
     def invoke(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["launch", "eval", *map(str, words)])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
+        return run_command(monkeypatch, capsys, "eval", *words)
 
     return invoke
 

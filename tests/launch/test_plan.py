@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from launch import __main__ as launch_main
 from tests import tiny
+from tests.launch.in_process import run_command
 from tests.plan.fakes import GIB, collective, program
 from tlite_jax.config_files import override
 from tlite_jax.plan import worker
@@ -79,14 +79,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     tiny.write_config(tmp_path / "run.yaml", tmp_path / "run")
 
     def invoke(*words: object, config: Path | None = None) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["launch", "plan", str(config or tmp_path / "run.yaml"), *map(str, words)])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        return Ended(status, *capsys.readouterr())
+        return Ended(*run_command(monkeypatch, capsys, "plan", config or tmp_path / "run.yaml", *words))
 
     return invoke
 

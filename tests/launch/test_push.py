@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch import __main__ as launch_main
 from launch.import_ import read_model
 from launch.push import push
 from tests.launch.hub_stand_in import Hub, standing_in
+from tests.launch.in_process import run_command
 from tlite_jax.errors import UserError
 from tlite_jax.release.hub import on_the_hub
 from tlite_jax.release.result import load, save
@@ -48,14 +47,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Calls `python -m launch` in this process; returns the status and all that was printed."""
 
     def invoke(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["launch", *map(str, words)])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, "".join(capsys.readouterr())
+        ended = run_command(monkeypatch, capsys, *words)
+        return ended.status, ended.out + ended.err
 
     return invoke
 

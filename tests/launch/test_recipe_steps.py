@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from launch import __main__ as launch_main
 from launch.recipe import load_recipe
+from tests.launch.in_process import run_command
 from tests.launch.recipe_files import STEPS, told, write_recipe
 from tests.launch.recorded_runner import RecordedRunner
 from tlite_jax.recipe.graph import build
@@ -58,14 +57,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         values = {"arrows": arrows, "stop_at": stop_at, "fail_at": fail_at, "ran": []}
         runner = type("Runner", (RecordedRunner,), values)
         monkeypatch.setattr("launch.recipe.Runner", runner)
-        monkeypatch.setattr(sys, "argv", ["launch", "recipe", str(file), *words])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Called(status, "".join(capsys.readouterr()), runner.ran)
+        ended = run_command(monkeypatch, capsys, "recipe", file, *words)
+        return Called(ended.status, ended.out + ended.err, runner.ran)
 
     return invoke
 

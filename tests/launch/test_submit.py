@@ -5,29 +5,20 @@ import os
 import shlex
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
-from launch import __main__ as launch_main
 from launch.submit_parts import planned, slurm
 from tests import tiny
+from tests.launch.in_process import Ended, run_command
 from tlite_jax.config_files import load_config
 
 HOSTILE = "/data/it's $(touch pwned) `touch pwned`; touch pwned & \\ \"x"
-
-
-class Ended(NamedTuple):
-    """How a call ended."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -39,15 +30,8 @@ def submit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     (tmp_path / "bin").mkdir()
 
     def invoke(*words: str) -> Ended:
-        command = ["launch", "submit", str(tmp_path / "run.yaml"), "--nodes", "12", "--gpus-per-node", "2"]
-        monkeypatch.setattr(sys, "argv", [*command, *words])
-        capsys.readouterr()
-        try:
-            launch_main.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Ended(status, *capsys.readouterr())
+        command = ["submit", tmp_path / "run.yaml", "--nodes", "12", "--gpus-per-node", "2"]
+        return run_command(monkeypatch, capsys, *command, *words)
 
     return invoke
 
