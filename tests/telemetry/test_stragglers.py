@@ -84,3 +84,30 @@ def test_it_is_told_once_and_once_more_when_it_is_over() -> None:
 def test_one_that_stands_still_says_so() -> None:
     (found,) = judged(3, {0: HEALTHY._replace(unit=0.02, stalled=0.5)})
     assert "it stood still 50% of the time" in found.text()
+
+
+def test_one_that_is_slow_now_and_then_is_not_named() -> None:
+    late, judge = {1: HEALTHY._replace(data_wait=3.0)}, Judge(1.2)
+    turns = 4 * [False, True, False, True, True]  # more often than not, but not most of the time
+    assert [found for is_late in turns for found in judge.add(job(4, late if is_late else {}))] == []
+
+
+def test_where_all_differ_a_process_must_differ_more() -> None:
+    """From interval to interval as from process to process."""
+    spread = [1.0, 1.4, 0.7, 1.2, 0.8, 1.3, 0.75, 1.15]
+    uneven = {number: HEALTHY._replace(data_wait=2.0 * ratio + 1.0) for number, ratio in enumerate(spread)}
+    assert not judged(8, uneven)
+    even = dict.fromkeys(range(8), HEALTHY._replace(data_wait=3.0)) | {1: uneven[1]}
+    assert [found.process for found in judged(8, even)] == [1]
+
+
+def test_one_that_is_told_to_keep_up_again_is_well_below_the_limit() -> None:
+    judge = Judge(1.2)
+
+    def intervals(data_wait: float) -> list[bool]:
+        paces = job(4, {1: HEALTHY._replace(data_wait=data_wait, other=0.0)})
+        return [found.slow for _ in range(2 * WINDOW) for found in judge.add(paces)]
+
+    assert intervals(2.6) == [True]  # 1.3 times the others'
+    assert intervals(2.3) == []  # 1.15: it would be told again and again
+    assert intervals(2.1) == [False]
