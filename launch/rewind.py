@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,13 @@ def main(
 
     Example: python -m launch rewind runs/tlite_8b/stage1 --to 1000 --skip 1203..1207
     """
+    from tlite_jax.train.directory import CONFIG_FILE
+    from tlite_jax.train.lock import locked
     from tlite_jax.train.rewind import rewind
 
-    done = rewind(run, to=to, skip=_steps(skip), dry_run=dry_run)
+    changes = not dry_run and (run / CONFIG_FILE).exists()
+    with locked(run) if changes else nullcontext():
+        done = rewind(run, to=to, skip=_steps(skip), dry_run=dry_run)
     if as_json:
         values = {"step": done.step, "skipped_rows": done.skipped_rows, "total_steps": done.total_steps}
         print(json.dumps({**values, "set_aside": done.set_aside, "directory": str(done.directory)}, indent=1))

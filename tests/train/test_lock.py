@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.rewind import main as rewind_command
 from tests import tiny
 from tlite_jax.errors import UserError
 from tlite_jax.train import lock
+from tlite_jax.train.run import open_run
+from tlite_jax.train.spike_rewind import go_back
 
 
 def test_a_second_trainer_is_refused_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +37,19 @@ def test_a_lock_that_is_given_back_meanwhile_is_waited_for(tmp_path: Path, monke
     monkeypatch.setattr(lock.time, "sleep", give_back)
     with lock.locked(tmp_path):
         assert len(waits) == 1
+
+
+def test_a_run_that_another_trains_does_not_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.05)
+    config, mesh = tiny.config(tmp_path / "run", *tiny.from_imported()), tiny.mesh()
+    tiny.start(config)
+    run = open_run(config, mesh=mesh)
+    with lock.locked(tmp_path / "run"):
+        with pytest.raises(UserError, match="is being trained by"):
+            go_back(run, mesh, tiny.STEPS - 1, tiny.STEPS)
+        with pytest.raises(UserError, match="is being trained by"):
+            rewind_command(tmp_path / "run", to=tiny.STEPS)
+        rewind_command(tmp_path / "run", to=tiny.STEPS, dry_run=True)
+    assert not (tmp_path / "run" / "rewound").exists()
+    rewind_command(tmp_path / "run", to=tiny.STEPS)
+    assert (tmp_path / "run" / "rewound").exists()
