@@ -39,8 +39,8 @@ def main(
 
     Example: python -m launch doctor configs/tlite_8b_stage1.yaml --json
     """
-    from launch.distributed import initialize
     from launch.doctor_parts.machine import Network
+    from launch.job.distributed import initialize
     from tlite_jax.config_files import load_config
     from tlite_jax.plan.topology import load_hardware
 

@@ -55,7 +55,7 @@ def main(
     Example: python -m launch eval runs/tlite_8b --mera MERA --output results
     """
     if mera is not None:
-        from launch.mera import MeraOptions, evaluate_mera
+        from launch.eval_parts.mera import MeraOptions, evaluate_mera
 
         if tasks is not None:
             raise UserError("--tasks and --mera are two evaluations: give one of them")
@@ -71,7 +71,7 @@ def main(
         )
         return
     if tasks is not None:
-        from launch.eval_tasks import evaluate_tasks
+        from launch.eval_parts.tasks import evaluate_tasks
 
         evaluate_tasks(
             checkpoint,

@@ -244,7 +244,7 @@ def _cluster(given: str | None, dry_run: bool) -> str:
 
 
 def _check_devices(run: "RunConfig", processes: Processes) -> None:
-    from launch.mesh_fit import check_world
+    from launch.job.mesh_fit import check_world
     from tlite_jax.plan.search import check_batch
 
     if not processes.gpus_per_node:

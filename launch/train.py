@@ -14,8 +14,8 @@ from tlite_jax.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from launch.pace import PaceWatch
-    from launch.profile import Profile
+    from launch.job.pace import PaceWatch
+    from launch.train_parts.profile import Profile
     from tlite_jax.train.loop import Result
     from tlite_jax.train.run import Run
     from tlite_jax.train.step import Step
@@ -44,20 +44,20 @@ def main(
 
     Example: python -m launch train configs/tlite_8b_stage1.yaml checkpoint.every=250 mesh.replica=12
     """
-    from launch.distributed import initialize
-    from launch.evaluation import check_evaluation
-    from launch.preemption import EXIT_PREEMPTED, ignore_signals, notice_signals
+    from launch.job.distributed import initialize
+    from launch.job.preemption import EXIT_PREEMPTED, ignore_signals, notice_signals
+    from launch.train_parts.evaluation import check_evaluation
 
     notice_signals()
     initialize(coordinator, num_processes, process_id, _join_seconds(config, overrides or ()))
     import jax
 
-    from launch.abort import LOST, restart_on_abort
-    from launch.lost_peer import restart_when_alone
-    from launch.mesh_fit import check_world
-    from launch.pace import watch_pace
-    from launch.peers import job_board
-    from launch.profile import Profile
+    from launch.job.abort import LOST, restart_on_abort
+    from launch.job.lost_peer import restart_when_alone
+    from launch.job.mesh_fit import check_world
+    from launch.job.pace import watch_pace
+    from launch.job.peers import job_board
+    from launch.train_parts.profile import Profile
     from tlite_jax.config_files import load_config
     from tlite_jax.sharding import make_mesh
     from tlite_jax.telemetry.goodput import FILE, note_end, process_age
@@ -152,7 +152,7 @@ def _train_once(
     """Trains until the end or a spike."""
     import jax
 
-    from launch.evaluation import make_evaluation
+    from launch.train_parts.evaluation import make_evaluation
     from tlite_jax.telemetry.console import ConsoleSink
     from tlite_jax.train.loop import train
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from launch.doctor_parts.findings import Finding, ok, refused, unless_refused
-from launch.mesh_fit import check_world
+from launch.job.mesh_fit import check_world
 from tlite_jax.errors import UserError
 
 if TYPE_CHECKING:

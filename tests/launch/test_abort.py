@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.abort import Overheard
-from launch.distributed import absent
-from launch.world import World
+from launch.job.abort import Overheard
+from launch.job.distributed import absent
+from launch.job.world import World
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ABORTED = """
 import ctypes, os, threading
-from launch.abort import restart_on_abort
+from launch.job.abort import restart_on_abort
 
 def waits_here():
     threading.Event().wait()

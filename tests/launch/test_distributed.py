@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import distributed
-from launch.mesh_fit import check_world, nearest_meshes
-from launch.world import World, find_world, first_host, given_world, gpu_ids, outside_of_srun
+from launch.job import distributed
+from launch.job.mesh_fit import check_world, nearest_meshes
+from launch.job.world import World, find_world, first_host, given_world, gpu_ids, outside_of_srun
 from tests import tiny
 from tlite_jax.config_files import override
 from tlite_jax.errors import UserError
@@ -263,7 +263,7 @@ def test_the_meshes_that_are_named_fit(devices: int, context: int, microbatches:
 
 PROGRAM = """
 import json, sys
-from launch.distributed import initialize
+from launch.job.distributed import initialize
 initialize(None, None, None)
 import jax
 from jax.experimental import multihost_utils

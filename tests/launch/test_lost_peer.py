@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from launch.lost_peer import is_lost_peer, restart_when_alone
+from launch.job.lost_peer import is_lost_peer, restart_when_alone
 
 LOST = [
     "UNAVAILABLE: Gloo all-reduce failed",

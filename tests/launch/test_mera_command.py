@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench import mini_mera
-from launch.mera import fingerprint, sampling_of
+from launch.eval_parts.mera import fingerprint, sampling_of
 from tests import tiny
 from tests.helpers import quick_jit
 from tests.launch.in_process import run_command

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch import train as command
-from launch.profile import Profile
+from launch.train_parts.profile import Profile
 from tests import tiny
 from tlite_jax.errors import UserError
 from tlite_jax.train import loop

@@ -379,8 +379,8 @@ def test_what_the_pods_are_told(submit: Callable[..., Ended]) -> None:
     assert container["workingDir"] == "/data"
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert variables["SECRET"] == "$$(HOME) $$x"  # as Kubernetes reads it: no reference
-    # What launch/world.py makes of it in the fourth pod.
-    from launch.world import find_world
+    # What launch/job/world.py makes of it in the fourth pod.
+    from launch.job.world import find_world
 
     world = find_world({**variables, "JOB_COMPLETION_INDEX": "3"}, lambda: "unused")
     assert world is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.evaluation import make_evaluation
+from launch.train_parts.evaluation import make_evaluation
 from tests import tiny
 from tlite_jax.best import BOARD_FILE
 from tlite_jax.checkpoint import find, steps_on_disk

@@ -22,8 +22,8 @@ from tlite_jax.telemetry.line_file import LineFile
 from tlite_jax.telemetry.stragglers import Finding, Judge, Pace
 
 if TYPE_CHECKING:
-    from launch.peers import JobBoard
-    from launch.unit_of_work import UnitOfWork
+    from launch.job.peers import JobBoard
+    from launch.job.unit_of_work import UnitOfWork
     from tlite_jax.train.step import Step
 
 FILE = "stragglers.jsonl"
@@ -136,7 +136,7 @@ class PaceWatch:
 
     def _work_alone(self) -> float:
         """Seconds of a unit of work; 1 where it cannot be done, as on a device that has no memory left."""
-        from launch.unit_of_work import UnitOfWork
+        from launch.job.unit_of_work import UnitOfWork
 
         try:
             if self._unit is None:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from launch.abort import Overheard, restart_on_abort
-from launch.world import World, find_world, given_world, gpu_ids, outside_of_srun
+from launch.job.abort import Overheard, restart_on_abort
+from launch.job.world import World, find_world, given_world, gpu_ids, outside_of_srun
 from tlite_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 10  # a dead process is noticed after about this long; jax's default is 100
@@ -31,7 +31,7 @@ def initialize(
       coordinator: "host:port" of process 0.
       num_processes: in the job.
       process_id: 0-based.
-      join_seconds: that all processes have to come in; past it jax aborts this one (`launch.abort`).
+      join_seconds: that all processes have to come in; past it jax aborts this one (`launch.job.abort`).
 
     Raises:
       UserError: some of the three given, or the job cannot be joined.

@@ -61,7 +61,7 @@ def make_evaluation(run: "Run", mesh: "Mesh") -> "InLoopEvaluation":
     Raises:
       UserError: no held-out text, a sample larger than it, or a base that cannot be compared with.
     """
-    from launch.evaluation_text import make_text_evaluation
+    from launch.train_parts.evaluation_text import make_text_evaluation
     from tlite_jax.checkpoint import steps_on_disk
     from tlite_jax.evaluate.board import Board, Measurement
     from tlite_jax.evaluate.in_loop import InLoopEvaluation

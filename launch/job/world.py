@@ -3,7 +3,7 @@
 jax finds Slurm, Open MPI and Kubernetes too, and we do not ask it: under Slurm and Open MPI it gives each process the
 one GPU of its local rank, so that a process per node computes on one GPU of eight; it counts a Slurm job's tasks where
 a step's are meant, and cuts names like rack1n[1-4]x short; for Kubernetes it asks the API server, which pods mostly
-may not. TPU pods it knows best: `launch.distributed` leaves those to it.
+may not. TPU pods it knows best: `launch.job.distributed` leaves those to it.
 """
 
 import re

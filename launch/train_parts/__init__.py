@@ -1,0 +1,1 @@
+"""What `python -m launch train` does besides training: evaluation on the way, and a profile."""
