@@ -1,11 +1,14 @@
 """W&B and MLflow themselves, without a network: what they hold of a run is what metrics.jsonl says.
 
-`make test-trackers` installs them; elsewhere these tests are skipped.
+`make test-trackers` installs them; elsewhere these tests are skipped. TLITE_MLFLOW_SERVER=http://HOST:PORT names a
+server (`mlflow server`, of a full mlflow) to log to as well.
 """
 
 import importlib.util
 import json
+import os
 import struct
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,22 +88,26 @@ def test_the_newest_offline_run_of_wandb_holds_both_starts(
 
 
 @needs("mlflow")
+@pytest.mark.parametrize("store", ["directory", "server"])
 def test_mlflow_holds_both_starts_in_one_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    place = (tmp_path / "mlruns").as_uri()
-    lines = two_starts(tmp_path / "run", f"telemetry.mlflow={{experiment: a, tracking_uri: '{place}'}}")
+    place = (tmp_path / "mlruns").as_uri() if store == "directory" else os.environ.get("TLITE_MLFLOW_SERVER")
+    if place is None:
+        pytest.skip("TLITE_MLFLOW_SERVER names no server")
+    name = f"a-{uuid.uuid4()}"
+    lines = two_starts(tmp_path / "run", f"telemetry.mlflow={{experiment: {name}, tracking_uri: '{place}'}}")
     assert "warning:" not in capfd.readouterr().err
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=place)
-    experiment = client.get_experiment_by_name("a")
+    experiment = client.get_experiment_by_name(name)
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["optimizer.learning_rate"] == "0.01"
     found: dict[int, dict[str, float]] = {line["step"]: {"step": line["step"]} for line in lines}
-    for name in run.data.metrics:
-        for point in client.get_metric_history(run.info.run_id, name):
-            found[point.step][decoded(name)] = point.value
+    for metric in run.data.metrics:
+        for point in client.get_metric_history(run.info.run_id, metric):
+            found[point.step][decoded(metric)] = point.value
     assert list(found.values()) == lines
