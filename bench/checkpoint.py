@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from tlite_jax.checkpoint import Meta, find
-from tlite_jax.checkpoint_saver import saver
-from tlite_jax.checkpoint_verify import set_damaged_aside
+from tlite_jax.checkpoint.saver import saver
+from tlite_jax.checkpoint.verify import set_damaged_aside
 from tlite_jax.config import CheckpointConfig, MeshConfig, ModelConfig
 from tlite_jax.sharding import make_mesh
 from tlite_jax.train.state import TrainState, abstract_state

@@ -92,7 +92,7 @@ def export_model(
     from tlite_jax.bridge.hf import export_hf
     from tlite_jax.bridge.safetensors_io import parse_size
     from tlite_jax.checkpoint import find, open_params
-    from tlite_jax.checkpoint_verify import require_intact
+    from tlite_jax.checkpoint.verify import require_intact
 
     max_shard_bytes = parse_size(max_shard_size)
     refuse_occupied(dst)
@@ -151,7 +151,7 @@ def export_gguf_files(
     from tlite_jax.bridge.source import ParamsSource
     from tlite_jax.bridge.tokenizer import read_files
     from tlite_jax.checkpoint import find, open_params
-    from tlite_jax.checkpoint_verify import require_intact
+    from tlite_jax.checkpoint.verify import require_intact
     from tlite_jax.config import digest
 
     types = list(dict.fromkeys(types))

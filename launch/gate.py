@@ -101,7 +101,7 @@ def run_gate(
 
     from launch.language_model import load_tokenizer
     from tlite_jax.checkpoint import find
-    from tlite_jax.checkpoint_verify import require_intact
+    from tlite_jax.checkpoint.verify import require_intact
     from tlite_jax.config import MeshConfig
     from tlite_jax.release.base import find_base
     from tlite_jax.release.files import find_exports

@@ -132,25 +132,25 @@ def _verify_gguf(path: Path, progress: "Progress | None") -> "Verification":
 
 
 def _is_checkpoint(path: Path) -> bool:
-    from tlite_jax.checkpoint_verify import is_checkpoint
+    from tlite_jax.checkpoint.verify import is_checkpoint
 
     return is_checkpoint(path)
 
 
 def _verify_checkpoint(path: Path, progress: "Progress | None") -> "Verification":
-    from tlite_jax.checkpoint_verify import verify_checkpoint
+    from tlite_jax.checkpoint.verify import verify_checkpoint
 
     return verify_checkpoint(path, progress)
 
 
 def _is_run(path: Path) -> bool:
-    from tlite_jax.checkpoint_verify import is_run
+    from tlite_jax.checkpoint.verify import is_run
 
     return is_run(path)
 
 
 def _verify_run(path: Path, progress: "Progress | None") -> "Verification":
-    from tlite_jax.checkpoint_verify import verify_run
+    from tlite_jax.checkpoint.verify import verify_run
 
     return verify_run(path, progress)
 

@@ -1,11 +1,14 @@
 """Tiny models, the same ones in transformers, and batches; shared by the tests of the model, the step and decoding."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tlite_jax.config import Llama3RopeScaling, ModelConfig
+from tlite_jax.sharding import map_specs
 
 # With head_dim 16 and theta 1000 its bands hold 2 unchanged, 2 blended and 4 slowed frequencies.
 ROPE_SCALING = Llama3RopeScaling(
@@ -30,6 +33,11 @@ _HF_NAMES = {
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
 }
+
+
+def unpad_params(params: Any, specs: Any) -> Any:
+    """Stored -> logical shapes."""
+    return map_specs(lambda spec, param: param[tuple(slice(size) for size in spec.shape)], specs, params)
 
 
 def tiny_model(**changes) -> ModelConfig:

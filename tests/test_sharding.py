@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import max_difference, quick_jit, tiny_model
+from helpers import max_difference, quick_jit, tiny_model, unpad_params
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -21,7 +21,6 @@ from tlite_jax.sharding import (
     padded_shape,
     partition_spec,
     place_params,
-    unpad_params,
 )
 
 MODEL = tiny_model(attention_bias=True)

@@ -20,13 +20,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tests.data.written_texts import ENGLISH, RUSSIAN, make_texts, write_jsonl
-from tests.helpers import QUICK
-from tlite_jax.checkpoint import Checkpoint, restore_optimizer, restore_params, save_model
+from tests.helpers import QUICK, unpad_params
+from tlite_jax.checkpoint import Checkpoint, open_params, restore_optimizer, restore_params, save_model
 from tlite_jax.config import MeshConfig, ModelConfig, RunConfig
 from tlite_jax.config_files import override, parse
 from tlite_jax.data.prepare import prepare
 from tlite_jax.model.decoder import init_params, param_specs
-from tlite_jax.sharding import make_mesh, unpad_params
+from tlite_jax.sharding import make_mesh
 from tlite_jax.telemetry.evaluated import Evaluated
 from tlite_jax.telemetry.metrics import read_jsonl
 from tlite_jax.train import loop, step
@@ -213,6 +213,11 @@ def state(checkpoint: Checkpoint, on: jax.sharding.Mesh | None = None) -> dict[s
         "num_updates": adam.num_updates,
     }
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+def params_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Nested dict of the parameters in memory, logical shapes, stored dtypes."""
+    return jax.tree.map(np.asarray, open_params(checkpoint))
 
 
 def assert_same_state(found: Checkpoint, expected: Checkpoint, on: jax.sharding.Mesh | None = None) -> None:

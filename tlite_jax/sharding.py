@@ -133,11 +133,6 @@ def place_params(params: Any, specs: Any, mesh: Mesh, dtype: str = "float32") ->
     return map_specs(place, specs, params, abstract_params(specs, mesh, dtype))
 
 
-def unpad_params(params: Any, specs: Any) -> Any:
-    """Stored -> logical shapes."""
-    return map_specs(lambda spec, param: param[tuple(slice(size) for size in spec.shape)], specs, params)
-
-
 @dataclass(frozen=True)
 class Collectives:
     """How shards of parameters become whole, and whole gradients shards; to be used under shard_map.

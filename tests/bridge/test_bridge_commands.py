@@ -24,7 +24,7 @@ from tests import tiny as trained
 from tests.bridge.gguf_writing import Kind, write_gguf
 from tests.bridge.tiny import TEXTS, tiny_model, train_tokenizer
 from tlite_jax import checkpoint
-from tlite_jax.checkpoint_saver import saver
+from tlite_jax.checkpoint.saver import saver
 from tlite_jax.config import CheckpointConfig, ModelConfig
 from tlite_jax.errors import UserError
 from tlite_jax.train.state import abstract_state

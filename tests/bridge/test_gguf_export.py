@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from launch.export import export_gguf_files
 from launch.import_ import import_model
+from tests import tiny
 from tests.bridge import llama_cpp_reference as reference
 from tests.bridge.tiny import TEXTS, train_tokenizer
 from tlite_jax import checkpoint
@@ -123,7 +124,7 @@ def test_floats_come_back_as_they_were(name: str, kind: str, save_tiny: SaveTiny
     before, after = checkpoint.find(tmp_path / "run"), import_gguf(path)
     assert after.model == before.meta.model
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": "bfloat16"}[kind]
-    ours, theirs = checkpoint.load_params(before), after.params
+    ours, theirs = tiny.params_of(before), after.params
     flat = {"embedding": ours["embedding"], "final_norm": ours["final_norm"], **ours["blocks"]}
     back = {"embedding": theirs["embedding"], "final_norm": theirs["final_norm"], **theirs["blocks"]}
     assert flat.keys() == back.keys()

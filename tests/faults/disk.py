@@ -23,7 +23,7 @@ import numpy as np
 
 from tests.faults import runs
 from tlite_jax.checkpoint import steps_on_disk
-from tlite_jax.checkpoint_verify import verify_run
+from tlite_jax.checkpoint.verify import verify_run
 from tlite_jax.telemetry.metrics import read_jsonl
 
 _DISK_BYTES = 16 << 20

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.faults import runs
-from tlite_jax.checkpoint import PARTIAL
-from tlite_jax.checkpoint_verify import verify_run
+from tlite_jax.checkpoint.seal import PARTIAL
+from tlite_jax.checkpoint.verify import verify_run
 
 _POLL_SECONDS = 0.0005
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK, max_difference, random_batch, tiny_model
+from helpers import QUICK, max_difference, random_batch, tiny_model, unpad_params
 from jax.sharding import NamedSharding, PartitionSpec
 from model.attention_reference import inputs, reference, with_gradients
 
@@ -23,7 +23,7 @@ from tlite_jax.errors import UserError
 from tlite_jax.model import attention
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.optimizer import make_schedule
-from tlite_jax.sharding import BATCH_SPEC, DEVICES, make_mesh, unpad_params
+from tlite_jax.sharding import BATCH_SPEC, DEVICES, make_mesh
 from tlite_jax.train.state import init_state
 from tlite_jax.train.step import make_step
 

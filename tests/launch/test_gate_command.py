@@ -18,9 +18,10 @@ from launch import __main__ as launch_main
 from launch.export import export_gguf_files
 from launch.import_ import import_model
 from launch.language_model import load_tokenizer
+from tests import tiny
 from tests.bridge.tiny import tiny_model, train_tokenizer
 from tlite_jax.bridge.gguf_metadata import ReleaseFacts
-from tlite_jax.checkpoint import find, load_params, save_model
+from tlite_jax.checkpoint import find, save_model
 from tlite_jax.config import MeshConfig
 from tlite_jax.release import quantizations
 from tlite_jax.release.files import find_exports
@@ -67,7 +68,7 @@ def save_tokenizer(directory: Path, vocab_size: int) -> None:
 def another(run: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A run whose weights differ."""
     found = find(run)
-    params = load_params(found)
+    params = tiny.params_of(found)
     params = {name: np.array(part) if name != "blocks" else dict(part) for name, part in params.items()}
     change(params)
     shutil.copytree(run / "tokenizer", to / "tokenizer")

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
-from tlite_jax.checkpoint import find, load_params, steps_on_disk
+from tlite_jax.checkpoint import find, steps_on_disk
 
 STEPS = 12
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -83,7 +83,7 @@ def test_transformers_loads_what_it_exported(done: tuple[Path, str]) -> None:
     assert sample.removeprefix("after: Чтобы сохранить документ, нужно").startswith(
         tokenizer.decode(written, skip_special_tokens=True).rstrip()
     )
-    embedding = load_params(find(out / "run"))["embedding"]
+    embedding = tiny.params_of(find(out / "run"))["embedding"]
     assert np.array_equal(model.get_input_embeddings().weight.detach().numpy(), embedding)
 
 

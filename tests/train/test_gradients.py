@@ -5,14 +5,14 @@ import jax.extend
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ROPE_SCALING, max_difference, quick_jit, random_batch, tiny_model
+from helpers import ROPE_SCALING, max_difference, quick_jit, random_batch, tiny_model, unpad_params
 from jax.sharding import NamedSharding
 
 from tlite_jax.config import ExecutionConfig, MeshConfig
 from tlite_jax.errors import UserError
 from tlite_jax.loss import cross_entropy
 from tlite_jax.model import attention_xla, decoder
-from tlite_jax.sharding import BATCH_SPEC, make_mesh, num_shards, pad_params, unpad_params
+from tlite_jax.sharding import BATCH_SPEC, make_mesh, num_shards, pad_params
 from tlite_jax.train.context import check_context
 from tlite_jax.train.state import abstract_state, shardings
 from tlite_jax.train.step import make_gradients

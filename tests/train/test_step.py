@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import QUICK, hf_model, max_difference, params_from_hf, quick_jit, random_batch, tiny_model
+from helpers import QUICK, hf_model, max_difference, params_from_hf, quick_jit, random_batch, tiny_model, unpad_params
 from jax.sharding import NamedSharding
 
 from tlite_jax import optimizer as adamw
@@ -14,7 +14,7 @@ from tlite_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig, Sched
 from tlite_jax.errors import UserError
 from tlite_jax.loss import cross_entropy
 from tlite_jax.model import decoder
-from tlite_jax.sharding import BATCH_SPEC, FSDP, make_mesh, pad_params, unpad_params
+from tlite_jax.sharding import BATCH_SPEC, FSDP, make_mesh, pad_params
 from tlite_jax.train.state import abstract_state, init_state, shardings, start_state
 from tlite_jax.train.step import check_batch, make_gradients, make_step
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tlite_jax import optimizer
 from tlite_jax.checkpoint import Meta
-from tlite_jax.checkpoint_saver import Saver, saver
+from tlite_jax.checkpoint.saver import Saver, saver
 from tlite_jax.data.loader import batches
 from tlite_jax.sharding import BATCH_SPEC
 from tlite_jax.telemetry.environment import environment

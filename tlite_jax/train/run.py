@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from tlite_jax import checkpoint as checkpoints
 from tlite_jax.checkpoint import Checkpoint, Meta, Recent, StateReading
-from tlite_jax.checkpoint_verify import require_intact, set_damaged_aside
+from tlite_jax.checkpoint.verify import require_intact, set_damaged_aside
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore

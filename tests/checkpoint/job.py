@@ -14,13 +14,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tests.test_checkpoint import meta, random_state
-from tests.test_checkpoint_seal import flip
-from tlite_jax import checkpoint_seal
-from tlite_jax.checkpoint import find, restore_optimizer, restore_params, steps_on_disk
-from tlite_jax.checkpoint_saver import Saver, saver
-from tlite_jax.checkpoint_seal import read_manifest
-from tlite_jax.checkpoint_verify import damages_of, set_damaged_aside
+from tests.checkpoint.test_seal import flip
+from tests.checkpoint.test_stored import meta, random_state
+from tlite_jax.checkpoint import find, restore_optimizer, restore_params, seal, steps_on_disk
+from tlite_jax.checkpoint.saver import Saver, saver
+from tlite_jax.checkpoint.seal import read_manifest
+from tlite_jax.checkpoint.verify import damages_of, set_damaged_aside
 from tlite_jax.config import CheckpointConfig, MeshConfig
 from tlite_jax.sharding import make_mesh
 from tlite_jax.train.state import TrainState
@@ -45,16 +44,16 @@ def save_with_a_full_disk(saving: Saver, state: TrainState, step: int, *, here: 
 
 def save_with_an_unreadable_disk(saving: Saver, state: TrainState, step: int, *, here: bool) -> list[str]:
     """What is written cannot be brought to the disk."""
-    real = checkpoint_seal.sync
+    real = seal.sync
 
     def fails(path: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    checkpoint_seal.sync = fails if here else real
+    seal.sync = fails if here else real
     try:
         return save(saving, state, step)
     finally:
-        checkpoint_seal.sync = real
+        seal.sync = real
 
 
 def main(run: Path) -> dict[str, object]:
@@ -70,8 +69,8 @@ def main(run: Path) -> dict[str, object]:
         found["whole again"] = save(saving, state, 4)
     found["left"] = sorted(path.name for path in (run / "checkpoints").iterdir())
     hashed: list[str] = []
-    real = checkpoint_seal._entry
-    checkpoint_seal._entry = lambda path, *rest: hashed.append(path.name) or real(path, *rest)
+    real = seal._entry
+    seal._entry = lambda path, *rest: hashed.append(path.name) or real(path, *rest)
     found["intact"] = [str(damage) for damage in damages_of(run / "checkpoints" / "4")]
     found["read"] = len(hashed)
     newest = find(run)

@@ -13,18 +13,17 @@ from jax.sharding import Mesh
 
 from tests import tiny
 from tlite_jax import checkpoint as checkpoints
-from tlite_jax import checkpoint_slices
 from tlite_jax.checkpoint import (
     Checkpoint,
     Meta,
     find,
-    load_params,
     open_params,
     restore_optimizer,
     restore_params,
     save_model,
+    slices,
 )
-from tlite_jax.checkpoint_saver import saver
+from tlite_jax.checkpoint.saver import saver
 from tlite_jax.config import CheckpointConfig, ModelConfig
 from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
@@ -89,12 +88,6 @@ def test_padding_really_differs_between_those_meshes() -> None:
     assert len(shapes) >= 4
 
 
-def test_load_params_is_logical_and_on_the_host(saved: Path) -> None:
-    params = load_params(find(saved, 3))
-    assert_equal(params, random_tree(0))
-    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
-
-
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
 def test_opened_params_are_read_slice_by_slice(dtype: type, saved: Path, tmp_path: Path) -> None:
     params = jax.tree.map(lambda x: x.astype(dtype), random_tree(4))
@@ -117,7 +110,7 @@ def test_an_imported_model_keeps_its_dtype_and_trains_in_float32(dtype: type, tm
     others = {"lm_head.weight": "float32"}
     save_model(tmp_path / "m", params, MODEL, weights_dtype=name, origin="there", tensor_dtypes=others)
     found = find(tmp_path / "m")
-    assert_equal(load_params(found), params)
+    assert_equal(tiny.params_of(found), params)
     restored = restore_params(found, tiny.mesh(1, 8))
     as_float32 = jax.tree.map(lambda x: x.astype(np.float32), params)
     assert_equal(restored, pad_params(as_float32, SPECS, 8))
@@ -200,7 +193,7 @@ def test_a_save_shows_only_when_it_is_whole(tmp_path: Path) -> None:
             saving.save(random_state(tiny.mesh(1, 1)), meta(step))
             for listed in checkpoints.steps_on_disk(tmp_path):
                 assert find(tmp_path, listed).meta.step == listed
-                load_params(find(tmp_path, listed))
+                tiny.params_of(find(tmp_path, listed))
                 seen.add(listed)
     assert {1, 2} <= seen
     assert checkpoints.steps_on_disk(tmp_path) == [1, 2, 3]
@@ -214,7 +207,7 @@ def test_what_a_killed_save_left_does_not_stand_in_the_way(tmp_path: Path) -> No
     save(tmp_path, 2, 3, keep_latest=1)
     # Nor does it go on holding disk.
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    assert_equal(load_params(find(tmp_path)), random_tree(0))
+    assert_equal(tiny.params_of(find(tmp_path)), random_tree(0))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +228,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> Non
     with saver(tmp_path, CheckpointConfig()) as saving:
         saving.save(state, meta(1))
         jax.block_until_ready(overwrite(state))
-    assert_equal(load_params(find(tmp_path)), random_tree(0))
+    assert_equal(tiny.params_of(find(tmp_path)), random_tree(0))
 
 
 class Recorded:
@@ -256,7 +249,7 @@ class Recorded:
 def test_a_model_is_written_chunk_by_chunk_and_restored_as_orbaxs_own(
     dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_slices, "CHUNK_BYTES", 1000)  # no rows of the tiny model divide by it
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 1000)  # no rows of the tiny model divide by it
     tree = jax.tree.map(lambda x: x.astype(dtype), random_tree(5))
     lazy = jax.tree.map(Recorded, tree)
     said: list[tuple[int, int]] = []
@@ -268,7 +261,7 @@ def test_a_model_is_written_chunk_by_chunk_and_restored_as_orbaxs_own(
         assert max(leaf.asked) <= 1000 + row_bytes
     assert said[-1][0] == said[-1][1] == sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     found = find(tmp_path / "m")
-    assert_equal(load_params(found), tree)
+    assert_equal(tiny.params_of(found), tree)
     assert_equal(jax.tree.map(np.asarray, open_params(found)), tree)
     for shards in (3, 8):
         restored = restore_params(found, tiny.mesh(1, shards), np.dtype(dtype).name)
@@ -291,4 +284,4 @@ def test_a_model_whose_writing_ends_early_is_no_checkpoint(tmp_path: Path) -> No
     assert checkpoints.steps_on_disk(tmp_path / "m") == []
     save_model(tmp_path / "m", random_tree(1), MODEL, **options)
     assert [path.name for path in (tmp_path / "m" / "checkpoints").iterdir()] == ["0"]
-    assert_equal(load_params(find(tmp_path / "m")), random_tree(1))
+    assert_equal(tiny.params_of(find(tmp_path / "m")), random_tree(1))

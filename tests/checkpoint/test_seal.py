@@ -12,13 +12,13 @@ import pytest
 
 from launch.verify import kind_of
 from tests import tiny
-from tests.test_checkpoint import meta, random_state
-from tlite_jax import checkpoint, checkpoint_saver
+from tests.checkpoint.test_stored import meta, random_state
 from tlite_jax.checkpoint import find, steps_on_disk
-from tlite_jax.checkpoint_peers import Talk
-from tlite_jax.checkpoint_saver import saver
-from tlite_jax.checkpoint_seal import MANIFEST, list_files, seal, share, write_manifest
-from tlite_jax.checkpoint_verify import damages_of, set_damaged_aside, verify_checkpoint, verify_run
+from tlite_jax.checkpoint import seal as sealing
+from tlite_jax.checkpoint.peers import Talk
+from tlite_jax.checkpoint.saver import saver
+from tlite_jax.checkpoint.seal import MANIFEST, list_files, seal, share, write_manifest
+from tlite_jax.checkpoint.verify import damages_of, set_damaged_aside, verify_checkpoint, verify_run
 from tlite_jax.config import CheckpointConfig
 from tlite_jax.errors import UserError
 from tlite_jax.train.loop import _save_at_last
@@ -172,7 +172,7 @@ def test_a_save_that_fails_gives_its_room_back_and_the_next_is_a_new_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Full()
-    monkeypatch.setattr(checkpoint, "seal", disk)
+    monkeypatch.setattr(sealing, "seal", disk)
     state = random_state(tiny.mesh(1, 1))
     with saver(tmp_path, CheckpointConfig()) as saving:
         saving.save(state, meta(1))
@@ -192,7 +192,7 @@ def test_a_save_that_fails_gives_its_room_back_and_the_next_is_a_new_try(
 def test_no_save_is_begun_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = random_state(tiny.mesh(1, 1))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    monkeypatch.setattr(checkpoint_saver.shutil, "disk_usage", lambda path: Usage(10**9, 0, size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, size))
     with saver(tmp_path, CheckpointConfig()) as saving:
         saving.save(state, meta(1))
         (told,) = saving.failures()
@@ -209,14 +209,14 @@ def test_training_goes_on_without_a_checkpoint_but_does_not_end_without_one(
         disk.now = not directory.name.startswith(str(tiny.STEPS))
         disk(directory, talk, then)
 
-    monkeypatch.setattr(checkpoint, "seal", full_until_the_end)
+    monkeypatch.setattr(sealing, "seal", full_until_the_end)
     run = tiny.config(tmp_path / "run", "checkpoint.every=2", *tiny.from_imported())
     assert tiny.start(run).step == tiny.STEPS
     assert steps_on_disk(tmp_path / "run") == [tiny.STEPS]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: checkpoint ")]
     assert [line.split()[2] for line in warnings] == ["2", "4"]
     assert max(tiny.metrics(tmp_path / "run", "checkpoint_failures").values()) == 2
-    monkeypatch.setattr(checkpoint, "seal", Full())
+    monkeypatch.setattr(sealing, "seal", Full())
     with pytest.raises(OSError, match=f"checkpoint {tiny.STEPS} was not saved: OSError: .*No space"):
         tiny.start(tiny.config(tmp_path / "other", *tiny.from_imported()))
 
@@ -230,7 +230,7 @@ def test_the_last_save_is_tried_twice(tmp_path: Path, monkeypatch: pytest.Monkey
         finally:
             disk.now = False
 
-    monkeypatch.setattr(checkpoint, "seal", full_once)
+    monkeypatch.setattr(sealing, "seal", full_once)
     with saver(tmp_path, CheckpointConfig()) as saving:
         saving.save(state, meta(1))
         _save_at_last(saving, state, meta(1))

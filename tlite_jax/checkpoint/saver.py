@@ -14,10 +14,10 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from tlite_jax.checkpoint import PARTIAL, Meta, publish, steps_on_disk
-from tlite_jax.checkpoint_peers import alone, new_talk, reason_of
-from tlite_jax.checkpoint_seal import PINNED
-from tlite_jax.checkpoint_slices import save_args
+from tlite_jax.checkpoint.peers import alone, new_talk, reason_of
+from tlite_jax.checkpoint.seal import PARTIAL, PINNED, publish
+from tlite_jax.checkpoint.slices import save_args
+from tlite_jax.checkpoint.stored import Meta, steps_on_disk
 from tlite_jax.config import CheckpointConfig
 from tlite_jax.train.state import TrainState
 

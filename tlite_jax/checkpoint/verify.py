@@ -9,9 +9,10 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from tlite_jax.checkpoint import Checkpoint, StateReading, find, is_step, steps_on_disk
-from tlite_jax.checkpoint_peers import Talk, new_talk
-from tlite_jax.checkpoint_seal import MANIFEST, Entry, UnsealedError, check_files, read_manifest, share, strangers
+from tlite_jax.checkpoint.peers import Talk, new_talk
+from tlite_jax.checkpoint.seal import MANIFEST, Entry, UnsealedError, check_files, read_manifest, share, strangers
+from tlite_jax.checkpoint.state import StateReading
+from tlite_jax.checkpoint.stored import Checkpoint, find, is_step, steps_on_disk
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage, Progress, Verification
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tlite_jax.checkpoint_peers import PeerError, Peers, Talk
+from tlite_jax.checkpoint.peers import PeerError, Peers, Talk
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 TIMEOUT = 100
 
@@ -116,7 +116,7 @@ def test_what_was_said_is_forgotten() -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What two real processes of four devices each have found; see `checkpoint_job`."""
+    """What two real processes of four devices each have found; see `job`."""
     directory = tmp_path_factory.mktemp("job")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": QUICK, "PYTHONPATH": str(REPOSITORY)}
     processes = []
     for number in range(2):
-        command = [sys.executable, "-m", "tests.checkpoint_job", str(port), "2", str(number), str(directory)]
+        command = [sys.executable, "-m", "tests.checkpoint.job", str(port), "2", str(number), str(directory)]
         with (directory / f"{number}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -16,15 +16,16 @@ from typing import Any
 
 import xxhash
 
-from tlite_jax.checkpoint_peers import Talk
-from tlite_jax.checkpoint_reader import Target
+from tlite_jax.checkpoint.peers import Talk
+from tlite_jax.checkpoint.reader import Target
 from tlite_jax.data.files import read_json, sync, write_json
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage
 
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
-_PARTIAL = f".{MANIFEST}.partial"
+PARTIAL = ".partial"  # of a directory that is not sealed yet
+_PARTIAL_MANIFEST = f".{MANIFEST}.partial"
 _ALGORITHM = "xxh3_128"
 _CHUNK = 4 << 20
 _THREADS = 8
@@ -63,6 +64,16 @@ def seal(directory: Path, talk: Talk, then: Callable[[], None] = lambda: None) -
     talk.meet("sealed", json.dumps(hash_files(directory, own)), finish)
 
 
+def publish(partial: Path, final: Path, talk: Talk) -> None:
+    """Seals a checkpoint that is written, each process what it has written, and gives it its name."""
+
+    def give_name() -> None:
+        partial.rename(final)
+        sync(final.parent)
+
+    seal(partial, talk, give_name)
+
+
 def _writer(name: str) -> int | None:
     """The process that has written a file, if Orbax says so in its path."""
     found = _OF_PROCESS.search(name)
@@ -74,7 +85,7 @@ def list_files(directory: Path) -> dict[str, int]:
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in (MANIFEST, _PARTIAL, PINNED):
+        if path.is_file() and name not in (MANIFEST, _PARTIAL_MANIFEST, PINNED):
             found[name] = path.stat().st_size
     return found
 

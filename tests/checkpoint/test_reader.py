@@ -10,13 +10,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests import tiny
-from tests.test_checkpoint import MODEL, SPECS, assert_equal, random_state, random_tree, save
-from tests.test_checkpoint_seal import flip
-from tlite_jax import checkpoint_reader, checkpoint_verify
-from tlite_jax.checkpoint import StateReading, find, steps_on_disk
-from tlite_jax.checkpoint_reader import Reading, Target, read_sharded
-from tlite_jax.checkpoint_seal import check_files, read_manifest
-from tlite_jax.checkpoint_verify import set_damaged_aside
+from tests.checkpoint.test_seal import flip
+from tests.checkpoint.test_stored import MODEL, SPECS, assert_equal, random_state, random_tree, save
+from tlite_jax.checkpoint import StateReading, find, reader, steps_on_disk, verify
+from tlite_jax.checkpoint.reader import Reading, Target, read_sharded
+from tlite_jax.checkpoint.seal import check_files, read_manifest
+from tlite_jax.checkpoint.verify import set_damaged_aside
 from tlite_jax.errors import UserError
 from tlite_jax.sharding import abstract_params, pad_params
 
@@ -35,8 +34,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_again(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are read once more than for their verification."""
     files: list[Path] = []
-    fill = checkpoint_reader._fill
-    monkeypatch.setattr(checkpoint_reader, "_fill", lambda place, *rest: files.append(place.file) or fill(place, *rest))
+    fill = reader._fill
+    monkeypatch.setattr(reader, "_fill", lambda place, *rest: files.append(place.file) or fill(place, *rest))
     return files
 
 
@@ -87,10 +86,10 @@ def test_the_state_of_a_damaged_step_is_not_taken(file: str, saved: Path, tmp_pa
 
 
 def test_a_state_too_large_for_the_host_is_verified_first(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_verify, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(verify, "_available_memory", lambda: 1000)
     assert set_damaged_aside(saved, tiny.mesh(1, 1)) is None
     monkeypatch.undo()
-    assert checkpoint_verify._available_memory() > 1 << 20
+    assert verify._available_memory() > 1 << 20
 
 
 @pytest.mark.parametrize("compressed", [True, False])
