@@ -92,17 +92,15 @@ def export_model(
     from tlite_jax.bridge.hf import export_hf
     from tlite_jax.bridge.safetensors_io import parse_size
     from tlite_jax.checkpoint import find, open_params
-    from tlite_jax.checkpoint.verify import require_intact
+    from tlite_jax.checkpoint.verify import intact_meanwhile
 
     max_shard_bytes = parse_size(max_shard_size)
     refuse_occupied(dst)
     found = find(checkpoint, step)
-    require_intact(found, ("params", "meta"))
-    params = open_params(found)
     weights_dtype = cast("WeightsDtype", dtype or found.meta.weights_dtype)
-    with byte_progress(f"writing {dst}") as report:
+    with intact_meanwhile(found, ("params", "meta")) as require_intact, byte_progress(f"writing {dst}") as report:
         export_hf(
-            params,
+            open_params(found),
             found.meta.model,
             dst,
             found.tokenizer_dir if found.tokenizer_dir.is_dir() else None,
@@ -110,6 +108,7 @@ def export_model(
             {} if dtype else found.meta.tensor_dtypes,
             max_shard_bytes,
             report,
+            require_intact,
         )
     print(f"{dst}: step {found.step} of {found.run}, weights {weights_dtype}")
 
@@ -151,7 +150,7 @@ def export_gguf_files(
     from tlite_jax.bridge.source import ParamsSource
     from tlite_jax.bridge.tokenizer import read_files
     from tlite_jax.checkpoint import find, open_params
-    from tlite_jax.checkpoint.verify import require_intact
+    from tlite_jax.checkpoint.verify import intact_meanwhile
     from tlite_jax.config import digest
 
     types = list(dict.fromkeys(types))
@@ -161,7 +160,6 @@ def export_gguf_files(
     if there := [str(file) for file in files if file.exists() or file.is_symlink()]:
         raise UserError(f"{', '.join(there)} exists; remove it or choose another directory")
     found = find(checkpoint, step)
-    require_intact(found, ("params", "meta"))
     facts = dataclasses.replace(
         facts,
         step=found.step,
@@ -172,10 +170,11 @@ def export_gguf_files(
     tokenizer = tokenizer_to_gguf(
         read_files(found.tokenizer_dir), model.vocab_size, str(found.tokenizer_dir), pre_tokenizer
     )
-    source = ParamsSource(open_params(found), model)
-    for file, kind in zip(files, types, strict=True):
-        with byte_progress(f"writing {file}") as report:
-            sha256 = export_gguf(source, model, file, kind, tokenizer, facts, dtype, report)
-        file.with_name(file.name + SUFFIX).write_text(sums_text({file.name: sha256}), encoding="utf-8")
-        print(f"{file}: step {found.step} of {found.run}, {file.stat().st_size} bytes, SHA-256 {sha256}")
+    with intact_meanwhile(found, ("params", "meta")) as require_intact:
+        source = ParamsSource(open_params(found), model)
+        for file, kind in zip(files, types, strict=True):
+            with byte_progress(f"writing {file}") as report:
+                sha256 = export_gguf(source, model, file, kind, tokenizer, facts, dtype, report, require_intact)
+            file.with_name(file.name + SUFFIX).write_text(sums_text({file.name: sha256}), encoding="utf-8")
+            print(f"{file}: step {found.step} of {found.run}, {file.stat().st_size} bytes, SHA-256 {sha256}")
     return files

@@ -170,5 +170,8 @@ def test_an_export_does_not_read_the_optimizer(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="checkpoints/4 is damaged: params/"):
         run(launch.export.main, run_dir, tmp_path / "spoiled")
     assert not (tmp_path / "spoiled").exists()
+    with pytest.raises(UserError, match="checkpoints/4 is damaged: params/"):
+        run(launch.export.main, run_dir, tmp_path / "spoiled", "--format", "gguf", "--type", "F16")
+    assert not (tmp_path / "spoiled").exists()
     with pytest.raises(ValueError, match="cannot be opened"):
         checkpoint.restore_optimizer(found, mesh)

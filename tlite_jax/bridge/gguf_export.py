@@ -54,6 +54,7 @@ def export_gguf(
     facts: ReleaseFacts,
     round_to: str | None = None,
     report: Report = no_report,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> str:
     """Writes one GGUF file, tensor for tensor what `llama-quantize` makes of our F32 (or `round_to`) file.
 
@@ -66,6 +67,7 @@ def export_gguf(
       facts: what the metadata says of the model's origin.
       round_to: float16 or bfloat16: matrices are rounded to it before they are encoded; None: taken as stored.
       report: called with (bytes written, bytes in all).
+      before_publishing: called when all is written; if it raises, nothing appears.
 
     Returns:
       The file's SHA-256, in hexadecimal.
@@ -87,6 +89,7 @@ def export_gguf(
                 written += content.nbytes
                 report(written, total)
         assert written == total, f"{written} bytes of tensors instead of {total}"
+        before_publishing()
     return file.hexdigest()
 
 

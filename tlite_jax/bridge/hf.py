@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -112,6 +112,7 @@ def export_hf(
     tensor_dtypes: Mapping[str, str] = MappingProxyType({}),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     report: Report = no_report,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a directory that AutoModelForCausalLM and AutoTokenizer of transformers 4 and 5 load.
 
@@ -124,6 +125,7 @@ def export_hf(
       tensor_dtypes: Hugging Face names of tensors to write in another dtype.
       max_shard_bytes: of tensor data in one file.
       report: called with (bytes written, bytes in all).
+      before_publishing: called when all is written; if it raises, nothing appears.
 
     Raises:
       UserError: the destination is occupied or cannot be written; values do not fit float16; the tokenizer has more
@@ -146,6 +148,7 @@ def export_hf(
             if path.name not in sums:
                 sums[path.name] = sha256_of(path)
         (directory / SUMS_NAME).write_text(sums_text(sums), encoding="utf-8")
+        before_publishing()
 
 
 def _stored_tensors(source: Path) -> dict[str, StoredTensor]:

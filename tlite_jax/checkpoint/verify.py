@@ -1,9 +1,12 @@
 """Is a checkpoint as it was written? Asked before a run goes on from one, and by `launch verify`."""
 
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,7 +77,12 @@ def _verify(kind: str, path: Path, directories: Collection[Path], progress: Prog
     return Verification(kind, path, files, total, checked, tuple(damages), tuple(unchecked))
 
 
-def damages_of(directory: Path, items: Collection[str] = (), reading: StateReading | None = None) -> list[Damage]:
+def damages_of(
+    directory: Path,
+    items: Collection[str] = (),
+    reading: StateReading | None = None,
+    report: Callable[[int], None] = lambda size: None,
+) -> list[Damage]:
     """What is wrong with a step, or with some of its items: params, optimizer, meta.
 
     All processes call it; each reads a share, and all get what any has found.
@@ -83,12 +91,13 @@ def damages_of(directory: Path, items: Collection[str] = (), reading: StateReadi
       directory: the step.
       items: of it; none: all.
       reading: what is read is put where this process needs it.
+      report: called with the bytes of each piece that was read, in the threads that read; what it raises ends them.
 
     Raises:
       PeerError: a process did not come.
     """
     talk = new_talk(f"verify {directory.name}")
-    found = _damages_of_share(directory, items, talk, reading)
+    found = _damages_of_share(directory, items, talk, reading, report)
     if talk.count == 1:
         return found
 
@@ -101,7 +110,11 @@ def damages_of(directory: Path, items: Collection[str] = (), reading: StateReadi
 
 
 def _damages_of_share(
-    directory: Path, items: Collection[str], talk: Talk, reading: StateReading | None
+    directory: Path,
+    items: Collection[str],
+    talk: Talk,
+    reading: StateReading | None,
+    report: Callable[[int], None],
 ) -> list[Damage]:
     try:
         entries = read_manifest(directory)
@@ -110,18 +123,45 @@ def _damages_of_share(
     sizes = {name: entry["bytes"] for name, entry in entries.items() if not items or name.split("/")[0] in items}
     mine = {name: entries[name] for name in share(sizes, talk.process, talk.count)}
     if reading is None:
-        return check_files(directory, mine)
+        return check_files(directory, mine, report)
     targets = reading.targets()
     reading.filled = frozenset(targets.keys() & mine.keys())
-    return check_files(directory, mine, targets=targets)
+    return check_files(directory, mine, report, targets)
 
 
-def require_intact(checkpoint: Checkpoint, items: Collection[str] = ()) -> None:
+def require_intact(
+    checkpoint: Checkpoint, items: Collection[str] = (), report: Callable[[int], None] = lambda size: None
+) -> None:
     """Raises UserError, with what is wrong and where, unless a checkpoint (or these items) is as it was written."""
-    if found := damages_of(checkpoint.path, items):
+    if found := damages_of(checkpoint.path, items, report=report):
         raise UserError(
             f"{checkpoint.path} is damaged: {found[0]}{_others(found)}; restore it from a copy, or name another step"
         )
+
+
+@contextlib.contextmanager
+def intact_meanwhile(checkpoint: Checkpoint, items: Collection[str]) -> Iterator[Callable[[], None]]:
+    """Verifies these items while the block reads them; what one reads from the disk the other finds in memory.
+
+    Yields:
+      A function that waits for the verification, and raises UserError as `require_intact` does. The block calls it
+      before it publishes what it has made. An error of the block gives way to that of a damaged checkpoint.
+    """
+    ended = threading.Event()
+
+    def stop_when_ended(size: int) -> None:
+        if ended.is_set():
+            raise InterruptedError("nobody waits for this verification")
+
+    with ThreadPoolExecutor(1, "verify") as pool:
+        verification = pool.submit(require_intact, checkpoint, items, stop_when_ended)
+        try:
+            yield verification.result
+        except Exception:
+            verification.result()
+            raise
+        finally:
+            ended.set()
 
 
 def set_damaged_aside(run: Path, mesh: Mesh | None = None) -> StateReading | None:
