@@ -81,6 +81,7 @@ def main(run: Path) -> dict[str, object]:
         for array, expected in pairs
         for one, other in zip(array.addressable_shards, expected.addressable_shards, strict=True)
     )
+    multihost_utils.sync_global_devices("compared")
     if jax.process_index() == 0:
         names = [name for name in read_manifest(newest.path) if "ocdbt.process_1/d/" in name]
         flip(newest.path / names[0])
