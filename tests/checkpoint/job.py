@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tests.checkpoint.test_checkpoint import meta, random_state
 from tests.checkpoint.test_seal import flip
-from tests.checkpoint.test_stored import meta, random_state
 from tlite_jax.checkpoint import find, restore_optimizer, restore_params, seal, steps_on_disk
 from tlite_jax.checkpoint.saver import Saver, saver
 from tlite_jax.checkpoint.seal import read_manifest

@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests import tiny
+from tests.checkpoint.test_checkpoint import MODEL, SPECS, assert_equal, random_state, random_tree, save
 from tests.checkpoint.test_seal import flip
-from tests.checkpoint.test_stored import MODEL, SPECS, assert_equal, random_state, random_tree, save
 from tlite_jax.checkpoint import StateReading, find, reader, steps_on_disk, verify
 from tlite_jax.checkpoint.reader import Reading, Target, read_sharded
 from tlite_jax.checkpoint.seal import check_files, read_manifest

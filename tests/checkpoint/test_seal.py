@@ -13,7 +13,7 @@ import pytest
 
 from launch.verify import kind_of
 from tests import tiny
-from tests.checkpoint.test_stored import meta, random_state
+from tests.checkpoint.test_checkpoint import meta, random_state
 from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.checkpoint import seal as sealing
 from tlite_jax.checkpoint.peers import Talk
