@@ -1,7 +1,7 @@
 """`python -m launch card RECIPE`: the model card of a recipe's release."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ from tlite_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tlite_jax.config.recipe import RecipeConfig
-    from tlite_jax.release.card import Evaluated
+    from tlite_jax.release.evaluated import Evaluation
     from tlite_jax.report.read import RunData
 
 
@@ -32,9 +32,7 @@ def main(recipe: Annotated[Path, typer.Argument(help="The recipe, as YAML, gated
     if place is None:
         raise UserError(f"{loaded.output} holds no release; make it with `python -m launch recipe {recipe}`")
     stages = [read_run(load_config(stage.config, stage.overrides).output) for stage in loaded.stages]
-    facts = CardFacts(
-        loaded.name, loaded.card, place, load(place), stages, tuple(_evaluated(loaded)), _plots(stages, place)
-    )
+    facts = CardFacts(loaded.name, loaded.card, place, load(place), stages, _evaluated(loaded), _plots(stages, place))
     print(write_card(facts))
 
 
@@ -57,50 +55,26 @@ def _plots(stages: "list[RunData]", place: Path) -> list[str]:
     return drawn
 
 
-def _evaluated(recipe: "RecipeConfig") -> "Iterator[Evaluated]":
+def _evaluated(recipe: "RecipeConfig") -> "Evaluation":
     """Reads what the recipe's evaluations wrote."""
+    from tlite_jax.release.evaluated import from_bits, from_harness, from_mera, joined
+
+    parts = []
     for part in recipe.evaluate:
         place = recipe.output / "evaluation" / part.name
         if part.mera is not None:
-            yield from _mera(_read(place / "results.json"))
+            parts.append(_read(place / "results.json", from_mera))
         elif part.tasks is not None:
-            for file in sorted(place.rglob("results*.json")):
-                yield from _tasks(_read(file))
+            parts += [_read(file, from_harness) for file in sorted(place.rglob("results*.json")) or [place]]
         else:
-            yield from _bits(_read(place.with_suffix(".json")))
+            parts.append(_read(place.with_suffix(".json"), from_bits))
+    return joined(parts)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, understand: "Callable[[Any], Evaluation]") -> "Evaluation":
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return understand(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; run its evaluation again") from error
-
-
-def _bits(values: Any) -> "Iterator[Evaluated]":
-    from tlite_jax.release.card import Evaluated
-
-    for name, found in values["results"].items():
-        yield Evaluated(f"held-out text, {name}", "bits_per_byte", found["bits_per_byte"], None)
-
-
-def _tasks(values: Any) -> "Iterator[Evaluated]":
-    """lm-evaluation-harness's: metric,filter -> value, with metric_stderr,filter beside it."""
-    from tlite_jax.release.card import Evaluated
-
-    for task, found in values["results"].items():
-        shots = values.get("n-shot", {}).get(task)
-        for key, value in found.items():
-            metric, comma, filter_ = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-                error = found.get(f"{metric}_stderr,{filter_}")
-                yield Evaluated(task, metric, value, error if isinstance(error, float) else None, shots)
-
-
-def _mera(values: Any) -> "Iterator[Evaluated]":
-    from tlite_jax.release.card import Evaluated
-
-    for task, found in values["tasks"].items():
-        for metric, value in (found.get("metrics") or {}).items():
-            if isinstance(value, int | float):
-                yield Evaluated(f"MERA {task}", metric, value, None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no results that `eval` writes ({error!r}); run its evaluation again") from error

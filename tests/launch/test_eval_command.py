@@ -10,6 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.launch.in_process import Ended, run_command
+from tlite_jax.release.evaluated import from_harness
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness's own libraries
 
@@ -53,6 +54,9 @@ def tasks(tmp_path: Path) -> Path:
         'doc_to_text: "{{question}}"\ndoc_to_target: "{{choices[0]}}"\nmetric_list: [{metric: exact_match}]\n'
         'generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}\n'
     )
+    (tmp_path / "waters.yaml").write_text(
+        "group: waters\ntask: [rivers]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
     (tmp_path / "lost.yaml").write_text("task: lost\n" + shared.replace("rivers.jsonl", "absent.jsonl"))
     return tmp_path
 
@@ -71,6 +75,18 @@ def test_local_tasks_run_and_write_the_harness_files(call, tasks):
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(lines) == 4
     assert all(isinstance(line["resps"][0][0], str) for line in lines)
+
+
+def test_a_card_reads_what_the_harness_writes(call, tasks):
+    words = ["--tasks", "waters,songs", "--include-path", tasks, "--output", tasks / "out", "--limit", 4]
+    assert call("eval", tiny.data() / "imported", *words).status == 0
+    (results,) = (tasks / "out").rglob("results_*.json")
+    found = from_harness(json.loads(results.read_text()))
+    assert {(row.task, row.metric_name, row.num_fewshot, row.extent) for row in found.rows} == {
+        ("waters", "acc", 0, "1 subtask, 4 of 6 documents"),
+        ("songs", "exact_match", 0, "4 of 6 documents"),
+    }
+    assert len(found.remarks) == 1
 
 
 def test_json_and_cut_contexts(call, tasks):

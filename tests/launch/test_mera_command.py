@@ -19,6 +19,7 @@ from tlite_jax.config import ModelConfig
 from tlite_jax.evaluate.mera.tasks import TOTAL_TASKS
 from tlite_jax.generate import Sampling
 from tlite_jax.model.decoder import init_params
+from tlite_jax.release.evaluated import from_mera
 
 MODEL = ModelConfig(**{**tiny.MODEL, "max_position_embeddings": 1024})
 
@@ -53,6 +54,11 @@ def test_all_tasks_of_the_total(checkpoint, tmp_path, call):
     scores = {name: task["score"] for name, task in found["tasks"].items()}
     assert found["total"] == pytest.approx(sum(scores.values()) / 17)
     assert f"{found['total']:.4f}" in out
+    card = from_mera(found).rows
+    assert (card[0].task, card[0].value) == ("MERA 1.1.0: total", found["total"])
+    assert {row.task.removeprefix("MERA 1.1.0: "): row.num_fewshot for row in card[1:]} == {
+        task.name: task.shots for task in TOTAL_TASKS
+    }
     assert [name for name in scores if name not in out] == []
     assert "MERA's site also wants ruDetox.json, ruEthics.json, ruHateSpeech.json, ruHHH.json" in out
     with zipfile.ZipFile(tmp_path / "out/submission.zip") as archive:

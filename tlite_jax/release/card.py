@@ -1,6 +1,7 @@
 """The model card of a release: README.md with the hub's front matter. What was not measured is left out, or said."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tlite_jax.config.recipe import CardConfig
 from tlite_jax.release import card_tables
+from tlite_jax.release.evaluated import Evaluated, Evaluation
 from tlite_jax.release.hub import public
 from tlite_jax.release.result import ReleaseResult
 from tlite_jax.report.read import RunData
@@ -19,30 +21,13 @@ LOSS_PLOT, BOARD_PLOT = "plots/loss-{run}.png", "plots/forgetting-{run}.png"
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One measurement of the last stage.
-
-    Attributes:
-      task, metric: their names.
-      value: as measured.
-      error: its standard error, if known.
-      num_fewshot: examples, of a task.
-    """
-
-    task: str
-    metric: str
-    value: float
-    error: float | None
-    num_fewshot: int | None = None
-
-
-@dataclass(frozen=True)
 class CardFacts:
     """All that a card is made of.
 
     Attributes:
       directory: the release, with hf/ and release.json.
       stages: the runs, in their order.
+      evaluation: of the last stage, all of it.
       plots: paths relative to `directory`.
     """
 
@@ -51,7 +36,7 @@ class CardFacts:
     directory: Path
     result: ReleaseResult
     stages: Sequence[RunData]
-    evaluated: Sequence[Evaluated]
+    evaluation: Evaluation
     plots: Sequence[str]
 
 
@@ -81,11 +66,13 @@ def front_matter(facts: CardFacts) -> ModelCardData:
         EvalResult(
             task_type="text-generation",
             dataset_type=found.task,
-            dataset_name=found.task if found.num_fewshot is None else f"{found.task} ({found.num_fewshot}-shot)",
+            dataset_name=_dataset_name(found),
             metric_type=found.metric,
+            metric_name=found.metric_name,
             metric_value=found.value,
         )
-        for found in facts.evaluated
+        for found in facts.evaluation.rows
+        if math.isfinite(found.value)
     ]
     optional: dict[str, Any] = {
         "license": card.license,
@@ -117,7 +104,7 @@ def _sections(facts: CardFacts) -> Iterator[tuple[str, str]]:
         yield f"What it gained and lost: {name}", card_tables.forgetting(stage)
         yield f"Time and hardware: {name}", card_tables.hardware(stage)
     yield "Plots", "\n\n".join(f"![{plot}]({plot})" for plot in facts.plots)
-    yield "Evaluation", _evaluation(facts.evaluated)
+    yield "Evaluation", _evaluation(facts.evaluation)
     yield "Quantisations", card_tables.quantizations(facts.result)
     yield "Checks", card_tables.checks(facts.result)
     yield "Limitations", _limitations(facts)
@@ -156,25 +143,33 @@ def _use(facts: CardFacts) -> str:
     return text
 
 
-def _evaluation(found: Sequence[Evaluated]) -> str:
-    if not found:
+def _dataset_name(found: Evaluated) -> str:
+    shots = None if found.num_fewshot is None else f"{found.num_fewshot}-shot"
+    said = ", ".join(part for part in (shots, found.extent) if part)
+    return f"{found.task} ({said})" if said else found.task
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    if not evaluation.rows and not evaluation.remarks:
         return "No tasks were run."
     rows = [
         (
             part.task,
             "" if part.num_fewshot is None else str(part.num_fewshot),
-            part.metric,
+            part.extent,
+            part.metric_name,
             f"{part.value:.4f}" + ("" if part.error is None else f" ± {part.error:.4f}"),
         )
-        for part in found
+        for part in evaluation.rows
     ]
-    return card_tables.table(("task", "shots", "metric", "value"), rows)
+    parts = [card_tables.table(("task", "shots", "measured on", "metric", "value"), rows), *evaluation.remarks]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _limitations(facts: CardFacts) -> str:
     lines = [f"- {line}" for line in facts.card.limitations]
     lines.append("- A language model writes what is likely, not what is true; nothing here filters what it says.")
-    if not facts.evaluated:
+    if not facts.evaluation.rows:
         lines.append("- It was not evaluated on tasks.")
     return "\n".join(lines)
 
