@@ -19,6 +19,7 @@ from launch.train_parts.evaluation import make_evaluation
 from tests import tiny
 from tlite_jax.best import BOARD_FILE
 from tlite_jax.checkpoint import find, steps_on_disk
+from tlite_jax.train.directory import ANOMALIES_FILE
 from tlite_jax.train.run import open_run
 
 BATCH_SIZE = 24
@@ -31,10 +32,18 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 class Job:
-    """`launch train` in several processes of so many devices each."""
+    """`launch train` in several processes of so many devices each; `flip` is a word for tests/train/flipping.py."""
 
     def __init__(
-        self, directory: Path, config: Path, output: Path, steps: int, *words: str, processes: int, devices: int
+        self,
+        directory: Path,
+        config: Path,
+        output: Path,
+        steps: int,
+        *words: str,
+        processes: int,
+        devices: int,
+        flip: str | None = None,
     ):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -42,8 +51,8 @@ class Job:
         environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK}
         self.processes = []
         for number in range(processes):
-            command = [sys.executable, "-m", "launch", "train", str(config), f"output={output}", f"train.steps={steps}"]
-            command += words
+            command = [sys.executable, "-m", *(["tests.train.flipping", flip] if flip else ["launch"])]
+            command += ["train", str(config), f"output={output}", f"train.steps={steps}", *words]
             if processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes)]
                 command += ["--process-id", str(number)]
@@ -92,8 +101,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     )
     jobs: list[Job] = []
 
-    def call(name: str, steps: int, *words: str, processes: int, devices: int) -> tuple[Job, Path]:
-        jobs.append(Job(directory, config, directory / name, steps, *words, processes=processes, devices=devices))
+    def call(
+        name: str, steps: int, *words: str, processes: int, devices: int, flip: str | None = None
+    ) -> tuple[Job, Path]:
+        jobs.append(
+            Job(directory, config, directory / name, steps, *words, processes=processes, devices=devices, flip=flip)
+        )
         return jobs[-1], directory / name
 
     yield call
@@ -163,3 +176,31 @@ def test_two_processes_evaluate_as_one_and_stop_together(start, tmp_path: Path) 
             assert line["scores"][name] == pytest.approx(sums, rel=1e-6)
         for name, sums in other["kl"].items():
             assert line["kl"][name] == pytest.approx(sums, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("check", "replica", "flip", "array"),
+    [
+        ("compare_replicas_every=1", 4, "state:3:1", "params.final_norm"),
+        ("verify_every=3", 2, "state:4:1", "params.final_norm"),
+        ("verify_every=3", 2, "loss:4:1", "metrics.loss"),
+    ],
+)
+def test_a_bit_that_one_of_two_processes_has_wrong_ends_both(
+    check: str, replica: int, flip: str, array: str, start
+) -> None:
+    """Replicas lie in both processes; the wrong bit in process 1 only. At step 3, or when it is computed again."""
+    words = [f"train.{check}", f"mesh.replica={replica}", "checkpoint.every=1", f"data.mixture.tokens={TOKENS}"]
+    name = f"wrong-{check}-{array}".replace("=", "-")
+    job, run = start(name, 6, *words, processes=2, devices=4, flip=flip)
+    assert job.wait() == [78, 78], job.logs.read_text()
+    assert steps_on_disk(run) == [1, 2]
+    (line,) = [json.loads(line) for line in (run / ANOMALIES_FILE).read_text().splitlines()]
+    (wrong,) = line["arrays"]
+    assert (line["step"], line["right_at"], wrong["array"], wrong["sure"]) == (3, 2 if replica == 4 else 0, array, True)
+    for number in range(2):
+        log = job.logs.with_name(f"{run.name}-2-{number}.log").read_text()
+        (error,) = [text for text in log.splitlines() if text.startswith("error: step 3:")]
+        assert "(process 1)" in error
+        assert "(process 0)" not in error
+        assert all(device in error for device in wrong["devices"])

@@ -52,31 +52,33 @@ class _Checked:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         train = self._run.config.train
         self._step += 1
-        if self._digester is None:
-            self._digester = Digester(self._mesh, state)
         digests: Digests | None = None
         if train.verify_every and self._step % train.verify_every == 0:
-            state, metrics, digests = self._twice(self._digester, state, batch)
+            state, metrics, digests = self._twice(state, batch)
         else:
             state, metrics = self._step_fn(state, batch)
         if train.compare_replicas_every and self._step % train.compare_replicas_every == 0 and digests is None:
-            digests = self._digester(state)
-        if digests is not None:
+            digests = self._digests(state, metrics)
+        if digests is not None and self._digester is not None:
             if found := self._digester.among_replicas(digests):
                 self._fail(REPLICAS, found, "replicas hold different bits")
             self._right_at = self._step
         return state, metrics
 
-    def _twice(self, digester: Digester, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Digests]:
+    def _digests(self, state: TrainState, metrics: Metrics) -> Digests:
+        """Of the metrics too: where one process alone sees another loss, all must know, or the others go on."""
+        tree = {**state._asdict(), "metrics": metrics}
+        if self._digester is None:
+            self._digester = Digester(self._mesh, tree)
+        return self._digester(tree)
+
+    def _twice(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Digests]:
         copy = _to_host(state)
-        first, metrics = self._step_fn(state, batch)
-        before, first_digests = _bits(metrics), digester(first)
-        del first, state  # their memory is needed for the second
+        first = self._digests(*self._step_fn(state, batch))
+        del state  # its memory is needed for the second
         state, metrics = self._step_fn(_to_devices(copy), batch)
-        digests, after = digester(state), _bits(metrics)
-        found = digester.between(first_digests, digests)
-        found += [Differs(name, ()) for name, bits in before.items() if after[name] != bits]
-        if found:
+        digests = self._digests(state, metrics)
+        if self._digester is not None and (found := self._digester.between(first, digests)):
             self._fail(COMPUTED_TWICE, found, "the same step on the same state gave different bits")
         return state, metrics, digests
 
@@ -98,10 +100,6 @@ class _Checked:
         )
 
 
-def _bits(metrics: Metrics) -> dict[str, bytes]:
-    return {name: np.asarray(value).tobytes() for name, value in metrics.items()}
-
-
 def _to_host(tree: Any) -> Any:
     """Each array -> its shards on this process's devices, copied, every device's own."""
     for array in jax.tree.leaves(tree):
@@ -118,10 +116,7 @@ class _Shards:
 
     def on_devices(self) -> jax.Array:
         """The array again, where it was."""
-        placed = [
-            jax.device_put(part, device, may_alias=False)
-            for part, device in zip(self._parts, self._devices, strict=True)
-        ]
+        placed = [jax.device_put(part, device) for part, device in zip(self._parts, self._devices, strict=True)]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, placed)
 
 
