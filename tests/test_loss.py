@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import QUICK
 
-from tlite_jax.loss import IGNORED, cross_entropy, cross_entropy_and_gradients, token_losses
+from tlite_jax.loss import IGNORED, cross_entropy, cross_entropy_and_gradients, num_scored, token_losses
 
 B, T, D, V = 3, 14, 8, 101
 UNCHUNKED = B * T
@@ -27,8 +27,8 @@ def inputs():
 
 @partial(jax.jit, static_argnames="chunk_tokens", compiler_options=QUICK)
 def loss_and_gradients(hidden, head, targets, chunk_tokens):
-    outputs, gradients = cross_entropy_and_gradients(hidden, head, targets, chunk_tokens=chunk_tokens)
-    return *outputs, *gradients
+    losses, gradients = cross_entropy_and_gradients(hidden, head, targets, chunk_tokens=chunk_tokens)
+    return losses.sum(), *gradients
 
 
 # 42 tokens: all, a divisor, five chunks with padding, two even ones, a token at a time, more than there are
@@ -43,10 +43,8 @@ def test_loss_and_gradients_equal_torch(inputs, chunk_tokens):
         reduction="sum",
     )
     expected.backward()
-    loss, count, d_hidden, d_head = loss_and_gradients(hidden, head, targets, chunk_tokens)
-    assert loss.dtype == count.dtype == jnp.float32
-    assert loss.shape == count.shape == ()
-    assert count == np.sum(targets != IGNORED) == 30
+    loss, d_hidden, d_head = loss_and_gradients(hidden, head, targets, chunk_tokens)
+    assert loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(expected.item(), rel=3e-7)
     np.testing.assert_allclose(d_hidden, torch_hidden.grad, atol=3e-6, rtol=0)
     np.testing.assert_allclose(d_head, torch_head.grad, atol=1e-5, rtol=0)
@@ -62,9 +60,10 @@ def test_autodiff_gives_the_same(inputs):
     loss, gradients = jax.jit(jax.value_and_grad(lambda *x: summed(*x)[0], argnums=(0, 1)), compiler_options=QUICK)(
         hidden, head
     )
-    expected_loss, count, *expected = loss_and_gradients(hidden, head, targets, 9)
+    expected_loss, *expected = loss_and_gradients(hidden, head, targets, 9)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
-    assert summed(hidden, head)[1] == count
+    assert summed(hidden, head)[1] == num_scored(targets) == np.sum(targets != IGNORED) == 30
+    assert list(num_scored(targets, axis=1)) == [13, 4, 13]
     for gradient, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, other, atol=1e-5, rtol=0)
 
@@ -76,23 +75,28 @@ def test_every_tokens_loss_lies_at_its_place(inputs, chunk_tokens):
     log_probabilities = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     expected = -np.take_along_axis(log_probabilities, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     expected[targets == IGNORED] = 0
-    losses = jax.jit(partial(token_losses, chunk_tokens=chunk_tokens), compiler_options=QUICK)(hidden, head, targets)
-    assert losses.dtype == jnp.float32
-    np.testing.assert_allclose(losses, expected, atol=3e-6, rtol=0)
+
+    def with_gradients(*arrays, chunk_tokens):
+        return cross_entropy_and_gradients(*arrays, chunk_tokens=chunk_tokens)[0]
+
+    for function in (token_losses, with_gradients):
+        losses = jax.jit(partial(function, chunk_tokens=chunk_tokens), compiler_options=QUICK)(hidden, head, targets)
+        assert losses.dtype == jnp.float32
+        np.testing.assert_allclose(losses, expected, atol=3e-6, rtol=0)
 
 
 @pytest.mark.parametrize("chunk_tokens", [UNCHUNKED, 9])
 def test_nothing_scored_is_zero_not_nan(inputs, chunk_tokens):
     hidden, head, targets = inputs
-    loss, count, *gradients = loss_and_gradients(hidden, head, np.full_like(targets, IGNORED), chunk_tokens)
-    assert loss == count == 0
+    loss, *gradients = loss_and_gradients(hidden, head, np.full_like(targets, IGNORED), chunk_tokens)
+    assert loss == 0
     for gradient in gradients:
         assert np.all(np.asarray(gradient) == 0)
 
 
 def test_large_logits_do_not_overflow(inputs):
     hidden, head, targets = inputs
-    loss, _, *gradients = loss_and_gradients(hidden * 100, head * 100, targets, 9)
+    loss, *gradients = loss_and_gradients(hidden * 100, head * 100, targets, 9)
     assert np.isfinite(loss)
     assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
 
@@ -101,9 +105,9 @@ def test_bfloat16_is_summed_in_float32(inputs):
     """Logits are rounded to bfloat16 once (2^-8 of at most 16); the softmax and the sums are not."""
     hidden, head, targets = inputs
     half = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
-    loss, count, *gradients = loss_and_gradients(*half, targets, 9)
+    loss, *gradients = loss_and_gradients(*half, targets, 9)
     exact, *_ = loss_and_gradients(*(x.astype(jnp.float32) for x in half), targets, 9)
-    assert loss.dtype == count.dtype == jnp.float32
+    assert loss.dtype == jnp.float32
     assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32]
     assert float(loss) == pytest.approx(float(exact), abs=30 * 16 * 2**-8)
     assert float(loss) == pytest.approx(float(exact), rel=5e-3)

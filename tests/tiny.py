@@ -188,11 +188,12 @@ class Evaluation:
 _compiled: dict[Any, Callable] = {}
 
 
-def make_quick_step(model, optimizer, execution, mesh, *, schedule, document_masking):
+def make_quick_step(model, optimizer, execution, mesh, *, schedule, document_masking, norms):
     """`make_step`, compiled once for equal arguments, with little code generation."""
     rates = tuple(float(schedule(number)) for number in range(30))
-    key = (str((model, optimizer, execution)), mesh, rates, document_masking)
-    real = step.make_step(model, optimizer, execution, mesh, schedule=schedule, document_masking=document_masking)
+    key = (str((model, optimizer, execution)), mesh, rates, document_masking, norms)
+    options = {"schedule": schedule, "document_masking": document_masking, "norms": norms}
+    real = step.make_step(model, optimizer, execution, mesh, **options)
 
     def quick_step(state, batch):
         if key not in _compiled:

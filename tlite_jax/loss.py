@@ -48,13 +48,13 @@ def cross_entropy(
     Returns:
       (sum in nats, count), two float32 scalars.
     """
-    return jnp.sum(token_losses(hidden_BTD, head_VD, targets_BT, chunk_tokens=chunk_tokens)), _num_scored(targets_BT)
+    return jnp.sum(token_losses(hidden_BTD, head_VD, targets_BT, chunk_tokens=chunk_tokens)), num_scored(targets_BT)
 
 
 def cross_entropy_and_gradients(
     hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """`cross_entropy` and the gradients of its sum, computed together, a chunk of logits at a time.
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`token_losses` and the gradients of their sum, computed together, a chunk of logits at a time.
 
     So no logits are kept or computed again, and the head's gradient is summed over chunks in float32 (the idea of
     Liger Kernel's fused linear cross-entropy, arXiv 2410.10989).
@@ -63,13 +63,12 @@ def cross_entropy_and_gradients(
       hidden_BTD, head_VD, targets_BT, chunk_tokens: as for `token_losses`.
 
     Returns:
-      (sum in nats, count), two float32 scalars, and the gradients of hidden [B, T, D], in its dtype, and of the
-      head [V, D], float32.
+      [B, T] float32 nats, 0 where the target is IGNORED, and the gradients of hidden [B, T, D], in its dtype, and of
+      the head [V, D], float32.
     """
     hidden_NCD, targets_NC = _chunks(hidden_BTD, targets_BT, chunk_tokens)
 
-    def body(carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
-        loss, dhead_VD = carry
+    def body(dhead_VD: jax.Array, part: tuple[jax.Array, jax.Array]) -> Any:
         hidden_CD, targets_C = part
         logits_CV = linear(hidden_CD, head_VD).astype(jnp.float32)
         total_C = jax.nn.logsumexp(logits_CV, axis=-1)
@@ -78,16 +77,18 @@ def cross_entropy_and_gradients(
         scored_C1 = (targets_C != IGNORED)[:, None]
         dlogits_CV = jnp.where(scored_C1, jnp.exp(logits_CV - total_C[:, None]) - wanted_CV, 0.0).astype(head_VD.dtype)
         dhead_VD += jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
-        return (loss + jnp.sum(losses_C), dhead_VD), jnp.einsum("cv,vd->cd", dlogits_CV, head_VD)
+        return dhead_VD, (losses_C, jnp.einsum("cv,vd->cd", dlogits_CV, head_VD))
 
-    carry = jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)
-    (loss, dhead_VD), dhidden_NCD = jax.lax.scan(body, carry, (hidden_NCD, targets_NC))
+    zeros = jnp.zeros(head_VD.shape, jnp.float32)
+    dhead_VD, (losses_NC, dhidden_NCD) = jax.lax.scan(body, zeros, (hidden_NCD, targets_NC))
+    losses_BT = losses_NC.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
     dhidden_BTD = dhidden_NCD.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
-    return (loss, _num_scored(targets_BT)), (dhidden_BTD, dhead_VD)
+    return losses_BT, (dhidden_BTD, dhead_VD)
 
 
-def _num_scored(targets_BT: jax.Array) -> jax.Array:
-    return jnp.sum(targets_BT != IGNORED, dtype=jnp.float32)
+def num_scored(targets_BT: jax.Array, axis: int | None = None) -> jax.Array:
+    """How many targets are scored, float32: of all, or along an axis."""
+    return jnp.sum(targets_BT != IGNORED, axis=axis, dtype=jnp.float32)
 
 
 def _chunks(hidden_BTD: jax.Array, targets_BT: jax.Array, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:

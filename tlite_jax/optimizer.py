@@ -79,7 +79,20 @@ def update(
     learning_rate: jax.Array,
     mask: Tree,
 ) -> tuple[Tree, AdamState]:
-    """One step of decoupled AdamW.
+    """One step of decoupled AdamW; arguments as for `changes`. Returns new parameters and state."""
+    differences, state = changes(config, gradients, state, params, learning_rate, mask)
+    return jax.tree.map(jnp.subtract, params, differences), state
+
+
+def changes(
+    config: OptimizerConfig,
+    gradients: Tree,
+    state: AdamState,
+    params: Tree,
+    learning_rate: jax.Array,
+    mask: Tree,
+) -> tuple[Tree, AdamState]:
+    """What one step of decoupled AdamW subtracts from parameters.
 
     Args:
       config: betas, eps, decay and the rate it refers to.
@@ -90,13 +103,13 @@ def update(
       mask: from `decay_mask`.
 
     Returns:
-      New parameters and state.
+      The differences and the new state.
     """
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
     moves, moments = adam.update(gradients, optax.ScaleByAdamState(state.num_updates, state.mu, state.nu))
     decay = config.weight_decay / (config.weight_decay_reference_lr or config.learning_rate)
 
-    def moved(param: jax.Array, move: jax.Array, decays: bool) -> jax.Array:
-        return param - learning_rate * (move + decay * param if decays and decay else move)
+    def difference(param: jax.Array, move: jax.Array, decays: bool) -> jax.Array:
+        return learning_rate * (move + decay * param if decays and decay else move)
 
-    return jax.tree.map(moved, params, moves, mask), AdamState(moments.count, moments.mu, moments.nu)
+    return jax.tree.map(difference, params, moves, mask), AdamState(moments.count, moments.mu, moments.nu)

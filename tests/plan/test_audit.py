@@ -112,16 +112,14 @@ def test_a_gather_of_the_head_in_the_loop_over_chunks_is_seen(cluster, monkeypat
 
         def body(total, chunk):
             hidden_CD, targets_C = chunk
-            head_VD = jax.lax.all_gather(shard + 0 * total[0][0].astype(shard.dtype), FSDP, axis=0, tiled=True)
+            head_VD = jax.lax.all_gather(shard + 0 * total[0, 0].astype(shard.dtype), FSDP, axis=0, tiled=True)
             found = original(hidden_CD[None], head_VD, targets_C[None], chunk_tokens=chunk_tokens)
-            (loss, count), (dhidden, dhead) = found
-            sums = (total[0][0] + loss, total[0][1] + count), total[1] + dhead
-            return sums, dhidden[0]
+            losses, (dhidden, dhead) = found
+            return total + dhead, (losses[0], dhidden[0])
 
         parts = hidden_BTD.reshape(-1, chunk_tokens, hidden_BTD.shape[-1]), targets_BT.reshape(-1, chunk_tokens)
-        zero = jnp.float32(0)
-        (sums, dhead_VD), dhidden = jax.lax.scan(body, ((zero, zero), jnp.zeros(head_VD.shape, jnp.float32)), parts)
-        return sums, (dhidden.reshape(hidden_BTD.shape), dhead_VD)
+        dhead_VD, (losses, dhidden) = jax.lax.scan(body, jnp.zeros(head_VD.shape, jnp.float32), parts)
+        return losses.reshape(targets_BT.shape), (dhidden.reshape(hidden_BTD.shape), dhead_VD)
 
     monkeypatch.setattr(gradients_module, "cross_entropy_and_gradients", regathering)
     violations = compile_program(config_of(SMALL, 1024, loss_chunk_tokens=256), cluster).violations

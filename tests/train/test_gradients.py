@@ -36,7 +36,8 @@ def gradients_of(config, params, batch, *, replica=1, fsdp=1, context=1, **execu
     batch = jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
     execution = ExecutionConfig(**{"compute_dtype": "float32", "loss_chunk_tokens": 32, **execution})
     function = make_gradients(config, execution, mesh, document_masking="segment_ids" in batch)
-    gradients, loss, count = quick_jit(function)(stored, batch)
+    gradients, rows = quick_jit(function)(stored, batch)
+    loss, count = np.asarray(rows).sum(axis=0)
     return unpad_params(jax.tree.map(np.asarray, gradients), specs), float(loss), float(count)
 
 

@@ -217,6 +217,9 @@ class TelemetryConfig(Section):
     wandb: WandbConfig | None = Field(default=None, description="null: nothing is sent to Weights & Biases")
     mlflow: MlflowConfig | None = Field(default=None, description="null: nothing is sent to MLflow")
     peak_flops_per_device: PositiveFloat | None = Field(default=None, description="null: looked up by device kind")
+    norms_every: NonNegative = Field(
+        default=50, description="steps; so often norms of gradients, parameters and updates by group; 0: never"
+    )
 
     @field_validator("prometheus")
     @classmethod

@@ -108,14 +108,14 @@ class Plan:
         Raises:
           UserError: a row lies outside the plan.
         """
-        rows = np.asarray(rows, np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= self.total_rows):
-            outside = rows[(rows < 0) | (rows >= self.total_rows)][0]
-            raise UserError(f"row {outside} is outside the mixture: it has {self.total_rows} rows; enlarge its budget")
-        bucket, k = self._tree.descend(rows)
+        bucket, k = self._descend(rows)
         epoch, x = np.divmod(k + self._bucket_starts[bucket], self._bucket_rows[bucket])
         key = mix64(self._bucket_keys[bucket] ^ mix64(epoch.astype(np.uint64)))
         return bucket, epoch, permute(x, self._bucket_rows[bucket], key)
+
+    def bucket_numbers(self, rows: Ints) -> Ints:
+        """The first of what `locate` finds, several times faster."""
+        return self._descend(rows)[0]
 
     def consumed(self, row: int) -> Ints:
         """The ledger: rows of each bucket among the first `row` rows of the order, int64 [buckets], in closed form."""
@@ -157,6 +157,14 @@ class Plan:
         if not intact:
             raise UserError(f"damaged plan: its contents do not match its hash {values['hash']}")
         return plan
+
+    def _descend(self, rows: Ints) -> tuple[Ints, Ints]:
+        """The bucket of each row and the row's number among its rows."""
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.total_rows):
+            outside = rows[(rows < 0) | (rows >= self.total_rows)][0]
+            raise UserError(f"row {outside} is outside the mixture: it has {self.total_rows} rows; enlarge its budget")
+        return self._tree.descend(rows)
 
     @cached_property
     def _tree(self) -> Tree:

@@ -4,11 +4,12 @@ A run's rows are numbered as it trains on them. A segment says from which of the
 which of the plan's rows. Rows of a plan between the end of one segment and the beginning of the next are skipped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from tlite_jax.data.order import Ints, Plan, PlannedBucket
 from tlite_jax.errors import UserError
@@ -69,17 +70,18 @@ class Timeline:
         Raises:
           UserError: a row lies before the first segment or past the last one's plan.
         """
-        rows = np.asarray(rows, np.int64)
-        number = np.searchsorted(self._starts, rows, side="right") - 1
-        if rows.size and (number.min() < 0 or rows.max() >= self.total_rows):
-            raise UserError(f"rows {rows.min()} to {rows.max()} are not all in this run: it has {self.total_rows} rows")
-        result = np.zeros((3, rows.size), np.int64)
-        for i in np.unique(number):
-            here, segment = number == i, self.segments[i]
-            plan = self._plan(segment)
-            bucket, epoch, row = plan.locate(rows[here] - segment.start_row + segment.plan_row)
-            result[:, here] = self._index[segment.plan_hash][bucket], epoch, row
+        result = np.zeros((3, len(rows)), np.int64)
+        for here, plan, plan_rows in self._by_segment(rows):
+            bucket, epoch, row = plan.locate(plan_rows)
+            result[:, here] = self._index[plan.hash][bucket], epoch, row
         return result[0], result[1], result[2]
+
+    def bucket_numbers(self, rows: Ints) -> Ints:
+        """The first of what `locate` finds, several times faster."""
+        result = np.zeros(len(rows), np.int64)
+        for here, plan, plan_rows in self._by_segment(rows):
+            result[here] = self._index[plan.hash][plan.bucket_numbers(plan_rows)]
+        return result
 
     def consumed(self, row: int) -> dict[str, int]:
         """The ledger: bucket name -> rows trained on among the run's first `row` rows; in closed form."""
@@ -152,6 +154,16 @@ class Timeline:
                 result.append(Segment(start, segment.plan_hash, end))
         after = [replace(s, start_row=s.start_row - (stop - start)) for s in self.segments if s.start_row > stop]
         return replace(self, segments=(*result, *after))
+
+    def _by_segment(self, rows: Ints) -> Iterator[tuple[npt.NDArray[np.bool_], Plan, Ints]]:
+        """Of each segment that has some of the rows: which, its plan, and their numbers there."""
+        rows = np.asarray(rows, np.int64)
+        number = np.searchsorted(self._starts, rows, side="right") - 1
+        if rows.size and (number.min() < 0 or rows.max() >= self.total_rows):
+            raise UserError(f"rows {rows.min()} to {rows.max()} are not all in this run: it has {self.total_rows} rows")
+        for i in np.unique(number):
+            here, segment = number == i, self.segments[i]
+            yield here, self._plan(segment), rows[here] - segment.start_row + segment.plan_row
 
     def _trained(self, row: int) -> list[tuple[Plan, int, int]]:
         """(plan, first row, row after the last) of each segment that begins by `row`, cut there."""

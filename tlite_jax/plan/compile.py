@@ -90,6 +90,7 @@ def _lower(config: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> ja
         mesh,
         schedule=schedule,
         document_masking=config.data.has_segments,
+        norms=config.telemetry.norms_every > 0,
     )
     rows = jax.ShapeDtypeStruct(
         (config.train.batch_size, config.data.sequence_length), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC)

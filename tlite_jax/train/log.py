@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tlite_jax.telemetry.evaluated import Evaluated
@@ -15,8 +16,13 @@ from tlite_jax.telemetry.prometheus import PrometheusSink
 from tlite_jax.telemetry.throughput import Throughput, flops_per_token, peak_flops
 from tlite_jax.telemetry.trackers.setup import make_trackers
 from tlite_jax.train.anomalies import Anomalies
+from tlite_jax.train.bucket_losses import bucket_losses
+from tlite_jax.train.norms import named_norms
 from tlite_jax.train.run import Run
 from tlite_jax.train.spikes import Spikes
+from tlite_jax.train.step import NORMS, ROWS
+
+_ARRAYS = (ROWS, NORMS)
 
 
 class Log:
@@ -25,7 +31,9 @@ class Log:
     def __init__(self, run: Run, mesh: Mesh, writer: MetricsWriter):
         config = run.config
         assert config.model is not None
+        self._run, self._model = run, config.model
         self._every, self._total = config.train.log_every, run.total_steps
+        self._norms_every = config.telemetry.norms_every
         self._writer = writer
         self.anomalies = Anomalies(run)
         self.spikes = Spikes(run, self.anomalies)
@@ -68,15 +76,27 @@ class Log:
             first = {"first_step_seconds": self.first_step_seconds}
         skipped = bool(metrics["skipped"])  # reading it waits for the step, logged or not: the host stays one ahead
         spike = {} if skipped else self.spikes.see(step, float(metrics["loss"]), float(metrics["gradient_norm"]))
-        if skipped or spike or step % self._every == 0 or step == self._total:
-            values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
+        shows_norms = self._norms_every > 0 and (skipped or bool(spike) or step % self._norms_every == 0)
+        if skipped or spike or shows_norms or step % self._every == 0 or step == self._total:
+            values = {name: float(value) for name, value in metrics.items() if name not in (*_ARRAYS, "tokens")}
             values["tokens_seen"] = float(step * self._tokens_per_step)
-            self.write(step, {**values, **spike, **first, **self._throughput.update(step, time.monotonic())})
+            speeds = self._throughput.update(step, time.monotonic())
+            parts = self._parts(step, metrics, shows_norms=shows_norms)
+            self.write(step, {**values, **spike, **first, **speeds, **parts})
         if skipped:
             self.anomalies.skipped(step, float(metrics["loss"]), float(metrics["gradient_norm"]))
         else:
             self.anomalies.in_a_row = 0
             self.spikes.decide()
+
+    def _parts(self, step: int, metrics: Mapping[str, Any], *, shows_norms: bool) -> dict[str, float]:
+        """Losses by bucket and norms by group, where there is someone to write them."""
+        if jax.process_index() != 0:
+            return {}
+        run = self._run
+        first_row = run.rows_consumed + (step - 1 - run.start_step) * run.config.train.batch_size
+        losses = bucket_losses(run.timeline, first_row, np.asarray(metrics[ROWS]))
+        return {**losses, **(named_norms(self._model, np.asarray(metrics[NORMS])) if shows_norms else {})}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes at once."""

@@ -105,6 +105,7 @@ def train(
         mesh,
         schedule=lambda step: schedule(step + run.schedule_offset),
         document_masking=config.data.has_segments,
+        norms=config.telemetry.norms_every > 0,
     )
     data = batches(
         run.timeline.from_row(run.rows_consumed),
