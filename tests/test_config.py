@@ -197,7 +197,7 @@ SEMANTIC = [
 ]
 EXECUTION = ["mesh.replica=2", "mesh.fsdp=4", "execution.remat=full", "execution.compute_dtype=bfloat16"]
 NEITHER = ["output=elsewhere", "checkpoint.every=7", "evaluation.every=3", "telemetry.console=true", "train.steps=9"]
-NEITHER += ["telemetry.prometheus=run.prom"]
+NEITHER += ["telemetry.prometheus=run.prom", "telemetry.norms_every=7", "telemetry.norms_every=0"]
 
 
 @pytest.mark.parametrize("word", [*SEMANTIC, *EXECUTION, *NEITHER])

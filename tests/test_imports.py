@@ -77,8 +77,11 @@ ARROWS = {
         "tlite_jax.train.compile_options",
         "tlite_jax.train.context",
         "tlite_jax.train.gradients",
+        "tlite_jax.train.norms",
         "tlite_jax.train.state",
     ],
+    "tlite_jax.train.norms": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.sharding"],
+    "tlite_jax.train.bucket_losses": ["tlite_jax.data.segments"],
     # It compiles the very step that training runs.
     "tlite_jax.plan": [
         "tlite_jax.config",

@@ -9,10 +9,11 @@ from helpers import tiny_model
 
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import parse
+from tlite_jax.plan import audit
 from tlite_jax.plan import compile as plan_compile
 from tlite_jax.plan.cost import estimate
 from tlite_jax.plan.topology import devices, load_hardware
-from tlite_jax.sharding import FSDP, Collectives
+from tlite_jax.sharding import DEVICES, FSDP, Collectives
 from tlite_jax.train import gradients as gradients_module
 from tlite_jax.train.gradients import Gradients
 from tlite_jax.train.layers import Forward, Layers
@@ -101,6 +102,22 @@ def test_a_replica_reduction_in_the_loop_over_microbatches_is_seen(cluster, monk
     violations = compile_program(config_of(SMALL, 1024, num_microbatches=4), cluster).violations
     assert any("inside the loop over microbatches" in violation for violation in violations)
     assert any("each gradient shard's once" in violation for violation in violations)
+
+
+def test_rows_may_be_many_but_their_losses_are_summed_up_once(cluster, monkeypatch):
+    config = config_of(SMALL, 16, num_microbatches=2, sequences=1024)
+    assert config.train.batch_size * 8 > audit.SMALL_BYTES
+    assert compile_program(config, cluster).violations == ()
+    original = Gradients._microbatch
+
+    def in_each_microbatch(self, *args, last):
+        sums, rows_B2 = original(self, *args, last=last)
+        whole = jax.lax.psum(jnp.tile(rows_B2, (16, 1)), DEVICES)
+        return sums, rows_B2 + 0 * whole[: len(rows_B2)]
+
+    monkeypatch.setattr(Gradients, "_microbatch", in_each_microbatch)
+    violations = compile_program(config_of(SMALL, 16, num_microbatches=3, sequences=1024), cluster).violations
+    assert any("over 1 groups of 8, in no place of the plan" in violation for violation in violations)
 
 
 def test_a_gather_of_the_head_in_the_loop_over_chunks_is_seen(cluster, monkeypatch):

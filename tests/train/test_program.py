@@ -14,6 +14,7 @@ from tlite_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig, Sched
 from tlite_jax.plan import audit
 from tlite_jax.plan.hlo import Module
 from tlite_jax.sharding import BATCH_SPEC, make_mesh
+from tlite_jax.train.norms import group_names
 from tlite_jax.train.state import abstract_state
 from tlite_jax.train.step import make_step
 
@@ -30,6 +31,7 @@ MODEL = tiny_model(
 LAYERS, BLOCK_PARAMS, OTHER_PARAMS = 5, 9, 3
 NUM_PARAMS = BLOCK_PARAMS + OTHER_PARAMS
 NUM_MICROBATCHES = 3
+BATCH_ROWS = 24
 
 
 def execution_of(**changes):
@@ -38,26 +40,26 @@ def execution_of(**changes):
     return ExecutionConfig(**values)
 
 
-def trace(execution, *, replica=2, fsdp=4):
+def trace(execution, *, replica=2, fsdp=4, norms=False):
     mesh = make_mesh(MeshConfig(replica=replica, fsdp=fsdp))
     schedule = adamw.make_schedule(ScheduleConfig(name="constant_with_warmup", warmup_steps=2), 1e-2, 5)
     optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=1e-3)
-    step = make_step(MODEL, optimizer, execution, mesh, schedule=schedule)
-    row = jax.ShapeDtypeStruct((24, 12), np.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+    step = make_step(MODEL, optimizer, execution, mesh, schedule=schedule, norms=norms)
+    row = jax.ShapeDtypeStruct((BATCH_ROWS, 12), np.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     return step.trace(abstract_state(MODEL, mesh), {"tokens": row, "targets": row})
 
 
-def read(execution, *, replica=2, fsdp=4):
+def read(execution, *, replica=2, fsdp=4, norms=False):
     """The collectives and the departures from the intent; tiny ones count too."""
-    compiled = trace(execution, replica=replica, fsdp=fsdp).lower().compile(compiler_options=QUICK)
+    compiled = trace(execution, replica=replica, fsdp=fsdp, norms=norms).lower().compile(compiler_options=QUICK)
     module = Module(compiled.as_text())
-    intent = audit.Intent(MODEL, execution, replica, fsdp)
+    intent = audit.Intent(MODEL, execution, replica, fsdp, batch_rows=BATCH_ROWS)
     return audit.collectives(module, intent, module.flops, devices_per_node=fsdp)
 
 
 @pytest.fixture(autouse=True)
 def count_small_ones(monkeypatch):
-    monkeypatch.setattr(audit, "SMALL_BYTES", 4 * (NUM_PARAMS + 2))  # norms of gradients, loss and count
+    monkeypatch.setattr(audit, "SMALL_BYTES", 4 * NUM_PARAMS)  # norms of gradients
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,25 @@ def test_the_step_communicates_as_it_was_written_to(remat, replica, fsdp, num_mi
     execution = execution_of(remat=remat, num_microbatches=num_microbatches)
     _, violations = read(execution, replica=replica, fsdp=fsdp)
     assert violations == ()
+
+
+@pytest.mark.parametrize(("replica", "fsdp"), [(2, 4), (1, 8), (8, 1)])
+def test_metrics_take_two_reductions_at_the_end(replica, fsdp):
+    """Losses of rows where the loss alone would take one, too; norms by group another, where shards are summed."""
+    execution = execution_of()
+    plain, _ = read(execution, replica=replica, fsdp=fsdp)
+    found, _ = read(execution, replica=replica, fsdp=fsdp, norms=True)
+    more = Counter(map(_place, found)) - Counter(map(_place, plain))
+    rows_bytes, norms_bytes = 8 * BATCH_ROWS, 4 * 3 * len(group_names(MODEL))
+    if replica == 1 or fsdp == 1:  # among the same devices: XLA puts some reductions together
+        assert all(kind == "all-reduce" and where != "loop" and count == 1 for kind, where, _, count in more)
+    else:
+        assert sum(one.buffer_bytes == rows_bytes for one in plain) == 1
+        assert dict(more) == {("all-reduce", "edge", norms_bytes, 1): 1}
+
+
+def _place(collective):
+    return collective.kind, collective.where, collective.buffer_bytes, collective.count
 
 
 def test_its_bytes_are_the_unavoidable_ones_and_the_padding():
@@ -127,5 +148,6 @@ def test_the_choice_to_skip_an_update_keeps_no_second_state():
     """Every shard of parameters and moments is still updated in its own place."""
     state = abstract_state(MODEL, make_mesh(MeshConfig(replica=2, fsdp=4)))
     size = sum(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state))
-    compiled = trace(execution_of()).lower().compile(compiler_options=QUICK)
-    assert compiled.memory_analysis().alias_size_in_bytes == size
+    for norms in (False, True):
+        compiled = trace(execution_of(), norms=norms).lower().compile(compiler_options=QUICK)
+        assert compiled.memory_analysis().alias_size_in_bytes == size

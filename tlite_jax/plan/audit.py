@@ -29,6 +29,7 @@ class Intent:
       num_replicas, num_shards: consecutive devices share the shards of a parameter.
       num_context: consecutive devices that share a sequence.
       microbatch_tokens: of one device.
+      batch_rows: of a step, over all devices; the losses of all are summed up once, at its end.
     """
 
     model: ModelConfig
@@ -37,6 +38,7 @@ class Intent:
     num_shards: int
     num_context: int = 1
     microbatch_tokens: int = 0
+    batch_rows: int = 0
 
     def parameters(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
         """(logical shape, stored shape, gathers a microbatch) of every parameter; a layer's L times."""
@@ -286,7 +288,7 @@ def _across(intent: Intent) -> frozenset[frozenset[int]]:
 
 
 def _violations(found: Sequence[_Found], intent: Intent) -> Iterator[str]:
-    large = [item for item in found if item.collective.buffer_bytes > SMALL_BYTES]
+    large = [item for item in found if not _is_small(item, intent)]
     expected = {"all-gather": _within(intent), "reduce-scatter": _within(intent), "all-reduce": _across(intent)}
     for item in large:
         collective = item.collective
@@ -304,6 +306,14 @@ def _violations(found: Sequence[_Found], intent: Intent) -> Iterator[str]:
     yield from _dtype_violations(large, intent)
     yield from _gather_violations(large, intent)
     yield from _replica_violations(found, intent)
+
+
+def _is_small(item: _Found, intent: Intent) -> bool:
+    """Whether it may travel as the compiler likes; the losses of rows may, too, outside of loops."""
+    collective = item.collective
+    in_loop = collective.where == "loop" or item.in_microbatches
+    rows_bytes = 0 if collective.kind != "all-reduce" or in_loop else 2 * 4 * intent.batch_rows
+    return collective.buffer_bytes <= SMALL_BYTES + rows_bytes
 
 
 def _dtype_violations(large: Sequence[_Found], intent: Intent) -> Iterator[str]:

@@ -53,6 +53,7 @@ def compile_program(config: RunConfig, devices: Sequence[jax.Device], *, devices
         num_shards=num_shards(mesh),
         num_context=context,
         microbatch_tokens=sequences * length // context,
+        batch_rows=config.train.batch_size,
     )
     text = compiled.as_text()
     assert text is not None
