@@ -5,13 +5,13 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
-from helpers import QUICK, random_batch, tiny_model
+from helpers import QUICK, random_batch, tiny_model, unpad_params
 from jax.sharding import NamedSharding
 
 from tlite_jax import optimizer as adamw
 from tlite_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig, ScheduleConfig
 from tlite_jax.model import decoder
-from tlite_jax.sharding import BATCH_SPEC, make_mesh, unpad_params
+from tlite_jax.sharding import BATCH_SPEC, make_mesh
 from tlite_jax.train.norms import group_names, named_norms
 from tlite_jax.train.state import init_state
 from tlite_jax.train.step import NORMS, make_gradients, make_step
