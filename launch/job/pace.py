@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tlite_jax.config import RunConfig, WatchdogConfig
 from tlite_jax.telemetry.line_file import LineFile
-from tlite_jax.telemetry.stragglers import Finding, Judge, Pace
+from tlite_jax.telemetry.stragglers import FILE, Finding, Judge, Pace
 
 if TYPE_CHECKING:
     from launch.job.peers import JobBoard
     from launch.job.unit_of_work import UnitOfWork
     from tlite_jax.train.step import Step
 
-FILE = "stragglers.jsonl"
 _PULSE_SECONDS, _LATE_SECONDS = 0.02, 0.01
 _GATHER_SECONDS, _ASK_SECONDS = 10.0, 0.2
 _APART = ("checkpoint", "evaluation")  # sections that take part in no step

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import shutil
@@ -97,12 +98,48 @@ def test_the_hours_add_up(page):
     assert total == pytest.approx(100, abs=0.05)
 
 
+def legends(page: str, caption: str) -> list[str]:
+    """The lines of the charts whose captions begin so."""
+    charts = re.findall(r"<figcaption>(.*?)</figcaption>.*?<ul class=\"legend\">(.*?)</ul>", page, re.DOTALL)
+    return [
+        name for found, legend in charts if found.startswith(caption) for name in re.findall("</i>(.*?)</li>", legend)
+    ]
+
+
+def points(page: str, name: str) -> list[list[float]]:
+    """Of the last line of that name."""
+    charts = [json.loads(html.unescape(text)) for text in re.findall(r'data-lines="(.*?)"', page)]
+    return [line["points"] for chart in charts for line in chart["lines"] if line["name"] == name][-1]
+
+
+def test_the_loss_of_each_bucket_is_drawn_where_there_is_one(page):
+    assert sorted(legends(page, "loss by bucket")) == ["&lt;wiki&gt;", "books", "web"]
+    web, books = points(page, "web"), points(page, "books")
+    assert all(above - below == pytest.approx(1, abs=1e-3) for (_, below), (_, above) in zip(web, books, strict=True))
+
+
+def test_norms_by_group_are_drawn(page):
+    for what in ("gradient norm: ", "norm of update / norm of parameters: "):
+        assert legends(page, f"{what}mlp") == ["mlp.0", "mlp.1"]
+        assert legends(page, f"{what}embedding") == ["embedding", "head", "norms"]
+    assert {y for _, y in points(page, "norms")} == {float(f"{1e-4 / 7:.5g}")}
+
+
+def test_slow_processes_are_listed(page):
+    slow, devices, again = (row for row in Page(page).rows if len(row) == 5 and "(<n3>)" in row[2])
+    assert (slow[0], *slow[2:]) == ("100", "3 (<n3>)", "1.4", "data wait 80%, other work of its host 10%")
+    assert devices[4].startswith("its devices are 1.3 times slower, data wait 0%")
+    assert again[3:] == ["", "keeps up with the others again"]
+
+
 def test_a_run_that_has_just_begun_has_a_page(tmp_path, run_directory):
     (tmp_path / "run").mkdir()
     shutil.copy(run_directory / "config.yaml", tmp_path / "run")
     page = render(read_run(tmp_path / "run"))
     Page(page)
     assert "not started" in page
+    assert "by group" not in page
+    assert "Slow" not in page
     assert page.count("nothing yet") == 3
 
 

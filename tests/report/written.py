@@ -11,8 +11,10 @@ from tlite_jax.data.segment_files import write_timeline
 from tlite_jax.data.segments import Segment, Timeline
 from tlite_jax.telemetry.goodput import Stopwatch
 from tlite_jax.telemetry.metrics import JsonlSink, MetricsWriter
+from tlite_jax.telemetry.stragglers import FILE, Finding
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+GROUPS = ("attention.0", "attention.1", "embedding", "head", "mlp.0", "mlp.1", "norms")
 NAMES = ("language=ru", "language=en", 'domain=<code> & "co"')
 
 
@@ -33,6 +35,13 @@ def write_run(directory: Path, *, steps: int = 1000, every: int = 100, total: in
                 values = {"loss": loss, "gradient_norm": 1 + random.random(), "learning_rate": 1e-5}
                 values |= {"tokens_per_second": 3e5, "tokens_per_second_per_device": 3e3, "mfu": 0.59}
                 values |= {"mfu_causal": 0.52, "tokens_seen": step * tokens}
+                values |= {f"bucket_loss/{name}": loss + number for number, name in enumerate(("web", "books"))}
+            if step and step % 20 == 0:
+                values |= {"bucket_loss/<wiki>": loss - 1, "bucket_loss/rest": np.nan}
+            if step and step % 50 == 0:
+                for number, group in enumerate(GROUPS, 1):
+                    values |= {f"group_gradient_norm/{group}": 0.1 * number, f"group_update_norm/{group}": 1e-4}
+                    values |= {f"group_parameter_norm/{group}": float(number)}
             if step % every == 0:
                 done = step / steps
                 for number, name in enumerate(NAMES):
@@ -42,6 +51,13 @@ def write_run(directory: Path, *, steps: int = 1000, every: int = 100, total: in
                 values |= {"alert/bits_per_byte/language=en": float(done > 0.7), "objective": 1 - 0.2 * done}
             writer.write(step, values)
     write_starts(directory / "goodput.jsonl", steps)
+    slow = Finding(3, "<n3>", True, 1.42, 0.8, 0.1, 1.0, 0.0)
+    findings = (slow, slow._replace(process=5, device_ratio=1.3, data_wait=0.0), slow._replace(slow=False))
+    with (directory / FILE).open("w", encoding="utf-8") as file:
+        for number, finding in enumerate(findings, 1):
+            line = {"step": 100 * number, "time": 1.8e9 + number, **finding._asdict(), "text": finding.text()}
+            file.write(json.dumps(line) + "\n")
+        file.write('{"step": 400, "ti')
     return directory
 
 

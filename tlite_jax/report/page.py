@@ -4,16 +4,21 @@ import html
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
 from tlite_jax.report.charts import CLIP, Line, chart, short
+from tlite_jax.report.learning import learning
+from tlite_jax.report.markup import duration, lines, side_by_side, table
 from tlite_jax.report.read import Consumed, RunData
 from tlite_jax.telemetry.goodput import Account, Start
 from tlite_jax.telemetry.plots import smoothed
 
 _MOST_LINES = 8  # in one chart
 _MOST_BUCKETS = 200  # in the table
+_MOST_FINDINGS = 50
+_SLOW_DEVICE, _STOOD_STILL = 1.1, 0.1
 _PART_NAMES = {
     "step": "steps that count",
     "compile": "compiling",
@@ -39,7 +44,7 @@ def render(run: RunData, *, refresh_seconds: int | None = None) -> str:
     script = resources.files(__package__).joinpath("pointer.js").read_text(encoding="utf-8")
     refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">' if refresh_seconds else ""
     name = html.escape(str(run.directory))
-    sections = [_head(run), _learning(run), _forgetting(run), _mixture(run), _speed(run), _hours(run), _facts(run)]
+    sections = [_head(run), learning(run), _forgetting(run), _mixture(run), _speed(run), _hours(run), _facts(run)]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>{refresh}'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -79,7 +84,7 @@ def _status(run: RunData) -> str:
         return html.escape(last.status)
     if not run.records:
         return "not started"
-    return f"silent for {_duration(run.seconds_silent)}" if run.seconds_silent > 600 else "running"
+    return f"silent for {duration(run.seconds_silent)}" if run.seconds_silent > 600 else "running"
 
 
 def _latest(run: RunData, name: str, *, percent: bool = False) -> str:
@@ -97,25 +102,7 @@ def _time_left(run: RunData) -> str:
     if not run.total_steps or run.step >= run.total_steps or not len(speeds):
         return ""
     tokens = run.config.train.batch_size * run.config.data.sequence_length
-    return _duration((run.total_steps - run.step) * tokens / float(np.median(speeds)))
-
-
-def _learning(run: RunData) -> str:
-    x, loss = run.series("loss")
-    lines = [Line("loss", x, loss, faint=True)]
-    finite = np.isfinite(loss)
-    if finite.any():
-        lines.append(Line("loss, smoothed", x[finite], smoothed(loss[finite])))
-    charts = [
-        chart(lines, x_label="tokens", y_label="loss (nats a token)"),
-        chart(_lines(run, ["gradient_norm"]), x_label="tokens", y_label="gradient norm, before clipping", zero=True),
-        chart(_lines(run, ["learning_rate"]), x_label="tokens", y_label="learning rate", zero=True),
-    ]
-    broken = int(np.count_nonzero(~finite))
-    alert = (
-        f'<p class="alert bad">the loss was not finite at {broken} of {len(loss)} logged steps</p>' if broken else ""
-    )
-    return f"<h2>Learning</h2>{alert}{_charts(charts)}"
+    return duration((run.total_steps - run.step) * tokens / float(np.median(speeds)))
 
 
 def _forgetting(run: RunData) -> str:
@@ -145,10 +132,10 @@ def _forgetting(run: RunData) -> str:
     if has_kl:
         charts.append(_group(run, "kl", "KL(base‖now), nats a token"))
     if run.series("objective")[0].size:
-        charts.append(chart(_lines(run, ["objective"], dots=True), x_label="tokens", y_label="objective"))
+        charts.append(chart(lines(run, ["objective"], dots=True), x_label="tokens", y_label="objective"))
     others = [prefix for prefix in ("task", "tasks", "eval") if run.names(prefix)]
     charts += [_group(run, prefix, "benchmark tasks") for prefix in others]
-    return f"<h2>Forgetting</h2>{_alerts(run)}{_table(header, rows)}{_charts(charts)}"
+    return f"<h2>Forgetting</h2>{_alerts(run)}{table(header, rows)}{side_by_side(charts)}"
 
 
 def _alerts(run: RunData) -> str:
@@ -174,7 +161,7 @@ def _mixture(run: RunData) -> str:
             values.setdefault(one.labels.get(label, "(none)"), []).append(one)
         if 1 < len(values) <= 30:
             rows = [_share(value, ones, planned, consumed) for value, ones in sorted(values.items())]
-            parts.append(_table([label, "planned", "consumed", "difference", "rows"], rows))
+            parts.append(table([label, "planned", "consumed", "difference", "rows"], rows))
     rows = []
     for one in sorted(run.consumed, key=lambda one: -one.planned)[:_MOST_BUCKETS]:
         epochs = [f"{count / one.rows:.3f}" for count in (one.planned, one.consumed)]
@@ -183,7 +170,7 @@ def _mixture(run: RunData) -> str:
     more = len(run.consumed) - len(rows)
     note = f'<p class="note">and {more} smaller ones</p>' if more > 0 else ""
     summary = f"{len(run.consumed)} buckets"
-    parts.append(f"<details open><summary>{summary}</summary>{_table(header, rows)}{note}</details>")
+    parts.append(f"<details open><summary>{summary}</summary>{table(header, rows)}{note}</details>")
     return "".join(parts)
 
 
@@ -200,19 +187,42 @@ def _share(name: str, ones: Sequence[Consumed], planned: int, consumed: int) -> 
 def _speed(run: RunData) -> str:
     names = {"tokens_per_second_per_device": "tokens a second and device", "tokens_per_second": "tokens a second"}
     found = [(name, label) for name, label in names.items() if run.series(name)[0].size][:1]
-    charts = [chart(_lines(run, [name]), x_label="tokens", y_label=label, zero=True) for name, label in found]
+    charts = [chart(lines(run, [name]), x_label="tokens", y_label=label, zero=True) for name, label in found]
     if run.series("mfu")[0].size:
         charts.append(
-            chart(_lines(run, ["mfu", "mfu_causal"]), x_label="tokens", y_label="model FLOPs utilisation", zero=True)
+            chart(lines(run, ["mfu", "mfu_causal"]), x_label="tokens", y_label="model FLOPs utilisation", zero=True)
         )
-    return f"<h2>Throughput</h2>{_charts(charts)}" if charts else ""
+    return f"<h2>Throughput</h2>{side_by_side(charts)}" if charts else ""
 
 
 def _hours(run: RunData) -> str:
     if run.account is None or not run.account.seconds:
         return ""
     account = run.account
-    return f"<h2>Where the hours went</h2>{_goodput(account)}{_starts(account.starts)}"
+    return f"<h2>Where the hours went</h2>{_goodput(account)}{_starts(account.starts)}{_stragglers(run)}"
+
+
+def _stragglers(run: RunData) -> str:
+    """Processes that the others waited for, as often as one became slow or kept up again; the newest last."""
+    rows = []
+    for one in run.stragglers[-_MOST_FINDINGS:]:
+        said = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["time"]))
+        ratio = f"{one['ratio']:.1f}" if one["slow"] else ""
+        process = f"{one['process']} ({one['host']})"
+        rows.append([f"{one['step']:,}", said, html.escape(process), ratio, html.escape(_cause(one))])
+    header = ["step", "said", "process", "times slower", "of its time"]
+    return f"<h3>Slow processes</h3>{table(header, rows)}" if rows else ""
+
+
+def _cause(finding: Mapping[str, Any]) -> str:
+    if not finding["slow"]:
+        return "keeps up with the others again"
+    parts = [f"data wait {finding['data_wait']:.0%}", f"other work of its host {finding['other']:.0%}"]
+    if finding["device_ratio"] >= _SLOW_DEVICE:
+        parts.insert(0, f"its devices are {finding['device_ratio']:.1f} times slower")
+    if finding["stalled"] >= _STOOD_STILL:
+        parts.append(f"stood still {finding['stalled']:.0%}")
+    return ", ".join(parts)
 
 
 def _goodput(account: Account) -> str:
@@ -223,9 +233,9 @@ def _goodput(account: Account) -> str:
         colour = 2 if part == "step" else 4 if part == "lost" else (0, 1, 3, 5, 6, 7)[number % 6]
         if seconds > 0:
             bars.append(f'<i class="c{colour}" style="width:{100 * share:.2f}%" title="{name} {share:.1%}"></i>')
-            rows.append([f'<i class="c{colour} key"></i>{name}', _duration(seconds), f"{share:.2%}"])
-    rows.append(["together", _duration(account.seconds), ""])
-    return f'<div class="bar">{"".join(bars)}</div>{_table(["", "time", "share"], rows)}'
+            rows.append([f'<i class="c{colour} key"></i>{name}', duration(seconds), f"{share:.2%}"])
+    rows.append(["together", duration(account.seconds), ""])
+    return f'<div class="bar">{"".join(bars)}</div>{table(["", "time", "share"], rows)}'
 
 
 def _starts(starts: Sequence[Start]) -> str:
@@ -234,15 +244,15 @@ def _starts(starts: Sequence[Start]) -> str:
         begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.begin_time))
         ended = start.status or ("" if number + 1 == len(starts) else "killed")
         steps = f"{start.first_step:,} to {start.last_step:,}"
-        rows.append([str(number + 1), begun, steps, _duration(start.seconds), html.escape(ended)])
-    return _table(["start", "begun", "steps", "lasted", "ended"], rows)
+        rows.append([str(number + 1), begun, steps, duration(start.seconds), html.escape(ended)])
+    return table(["start", "begun", "steps", "lasted", "ended"], rows)
 
 
 def _facts(run: RunData) -> str:
     parts = ["<h2>Run</h2>"]
     if run.account and run.account.starts[-1].environment:
         facts = run.account.starts[-1].environment
-        parts.append(_table(["environment of the last start", ""], _flat(facts)))
+        parts.append(table(["environment of the last start", ""], _flat(facts)))
     config = html.escape(run.config_text)
     parts.append(f"<details><summary>config.yaml</summary><pre>{config}</pre></details>")
     return "".join(parts)
@@ -266,31 +276,6 @@ def _group(run: RunData, prefix: str, y_label: str) -> str:
     return chart(lines, x_label="tokens", y_label=y_label, zero=True)
 
 
-def _lines(run: RunData, names: Sequence[str], *, dots: bool = False) -> list[Line]:
-    return [Line(name, *run.series(name), dots=dots) for name in names]
-
-
-def _charts(charts: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _signed(value: float, text: str) -> str:
     """Green below 0, red above."""
     return f'<span class="{"bad" if value > 0 else "good"}">{text}</span>'
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"

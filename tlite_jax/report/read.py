@@ -1,5 +1,6 @@
 """What a run's directory says of it. Only files are read, and none of them is needed but config.yaml."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tlite_jax.data.segments import Timeline
 from tlite_jax.errors import UserError
 from tlite_jax.telemetry.goodput import FILE, Account, account, read_starts
 from tlite_jax.telemetry.metrics import read_jsonl
+from tlite_jax.telemetry.stragglers import FILE as STRAGGLERS
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class RunData:
       account: None for a run that kept none of its time.
       consumed: empty when the run has no plan yet.
       seconds_silent: since metrics were last written.
+      stragglers: what was said of slow processes: step, time, process, slow, text and more.
     """
 
     directory: Path
@@ -48,6 +51,7 @@ class RunData:
     account: Account | None
     consumed: Sequence[Consumed]
     seconds_silent: float
+    stragglers: Sequence[Mapping[str, Any]] = ()
 
     @property
     def step(self) -> int:
@@ -95,12 +99,19 @@ def read_run(directory: Path) -> RunData:
         account(starts) if starts else None,
         () if timeline is None else _consumed(timeline, batch * last_step(records), batch * (steps or 0)),
         max(0.0, time.time() - max(touched)) if touched else 0.0,
+        _findings(directory / STRAGGLERS),
     )
 
 
 def last_step(records: Sequence[Mapping[str, Any]]) -> int:
     """Completed steps."""
     return int(records[-1]["step"]) if records else 0
+
+
+def _findings(path: Path) -> list[Mapping[str, Any]]:
+    """Lines of a file that is there when there was something to say; a torn one is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"}\n")]
 
 
 def _consumed(timeline: Timeline, rows: int, total_rows: int) -> list[Consumed]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
+FILE = "stragglers.jsonl"  # of a run: a line for each finding
 WINDOW = 8  # intervals that are looked at
 _ENOUGH = 4  # from which they say something
 _NOISE = 5 * 1.4826  # median absolute deviations of the others; 1.4826 of them are a standard deviation
