@@ -111,6 +111,8 @@ def run_gate(
 
     found = find(checkpoint, step)
     require_intact(found)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is not a directory; choose another")
     load_tokenizer(found.tokenizer_dir)  # without one nothing can be checked
     origin = find_base(found, base)
     if exports and types:

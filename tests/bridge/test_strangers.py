@@ -139,3 +139,43 @@ def test_errors_name_little_of_a_long_name(gguf: Path) -> None:
     with pytest.raises(UserError, match="has type 999") as error:
         import_gguf(gguf)
     assert len(str(error.value)) < 1000
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_what_git_left_in_place_of_a_large_file_is_named(hf: Path, gguf: Path, name: str) -> None:
+    (hf / name).write_bytes(_POINTER)
+    with pytest.raises(UserError, match=f"{name}: a Git LFS pointer.*git lfs pull"):
+        import_hf(hf)
+    gguf.write_bytes(_POINTER)
+    with pytest.raises(UserError, match=r"gguf: a Git LFS pointer.*git lfs pull"):
+        import_gguf(gguf)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("checkpoints", "a run, not a Hugging Face directory"),
+        ("_CHECKPOINT_METADATA", "a checkpoint, not a Hugging Face directory"),
+        ("adapter_config.json", "an adapter without the model"),
+        ("params.json", "Meta's own format"),
+        ("x", "'config.json' is missing"),
+    ],
+)
+def test_what_is_no_hugging_face_directory_is_called_what_it_is(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=words):
+        import_hf(tmp_path)
+
+
+def test_a_part_of_the_weights_asks_for_its_index(hf: Path) -> None:
+    (hf / "model.safetensors").rename(hf / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is a part .* the index is missing"):
+        import_hf(hf)
+
+
+def test_an_adapter_beside_the_weights_is_left_out_with_a_note(hf: Path) -> None:
+    (hf / "adapter_config.json").write_text("{}")
+    assert any("left out the adapter (adapter_config.json)" in note for note in import_hf(hf).notes)

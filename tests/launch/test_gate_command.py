@@ -188,6 +188,8 @@ def test_bad_usage_is_refused_and_makes_nothing(
         capsys.readouterr()
         assert gate(run, "--out", out, *words) == 2, words
         assert message in capsys.readouterr().err
+    assert gate(run, "--out", tmp_path / "short.txt") == 2
+    assert "short.txt is not a directory; choose another" in capsys.readouterr().err
     assert gate(run, "--out", place / "out") == 2
     assert "hf exists; check it with --exports" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]

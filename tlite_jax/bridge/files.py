@@ -16,6 +16,7 @@ from tlite_jax.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20  # Gemma's tokenizer.json, among the largest, has 33 MB
 MAX_CONTAINERS = 4_000_000  # objects and arrays: 64 MB of "[]," would take 1.5 GB of memory
+_LFS_POINTER = b"version "  # https://git-lfs.github.com/spec/v1; no JSON, GGUF or safetensors file begins so
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -49,6 +50,7 @@ def parse_json(content: bytes, origin: str) -> dict[str, Any]:
     Raises:
       UserError: not UTF-8 JSON of an object, a key given twice, text that UTF-8 cannot hold, too many parts.
     """
+    refuse_pointer(content, origin)
     parts = content.count(b"[") + content.count(b"{")
     if parts > MAX_CONTAINERS:
         raise UserError(f"{origin}: up to {parts} objects and arrays; more than {MAX_CONTAINERS} are refused")
@@ -72,6 +74,12 @@ def parse_json(content: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{origin}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def refuse_pointer(content: bytes, origin: str) -> None:
+    """Raises UserError for what Git leaves in place of a large file that was not fetched."""
+    if content.startswith(_LFS_POINTER):
+        raise UserError(f"{origin}: a Git LFS pointer, not the file; fetch the file with `git lfs pull`")
 
 
 def shown(name: str) -> str:

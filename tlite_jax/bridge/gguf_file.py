@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
-from tlite_jax.bridge.files import shown
+from tlite_jax.bridge.files import refuse_pointer, shown
 from tlite_jax.bridge.safetensors_io import MAX_ROW_VALUES, Problem, row_values
 from tlite_jax.bridge.stored import StoredTensor, read_rows_of
 from tlite_jax.errors import UserError
@@ -147,7 +147,9 @@ class Header:
 
     def read(self) -> tuple[dict[str, Any], list[TensorEntry], int]:
         """Returns metadata, tensors and where their data begins."""
-        if self.size < 24 or self.take(4) != _MAGIC:
+        magic = self.take(4) if self.size >= 24 else b""
+        if magic != _MAGIC:
+            refuse_pointer(magic + (self.take(4) if magic else b""), str(self.path))
             raise UserError(f"{self.path}: not a GGUF file")
         version, num_tensors, num_fields = self.unpack("IQQ")
         if version not in _VERSIONS:

@@ -9,7 +9,7 @@ from tlite_jax.bridge.tokenizer import TOKENIZER_CONFIG
 from tlite_jax.errors import UserError
 
 _MAX_SETTINGS_BYTES = 16 << 20
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 
 
 def hazards(directory: Path) -> Iterator[tuple[str, str]]:
@@ -28,7 +28,7 @@ def hazards(directory: Path) -> Iterator[tuple[str, str]]:
                 yield label, problem
         elif not entry.is_file():
             yield label, "is neither a file nor a directory"
-        if entry.name == _ADAPTER:
+        if entry.name == ADAPTER:
             yield label, "an adapter, which Transformers puts on top of the weights; merge or remove it"
     if (directory / TOKENIZER_CONFIG).is_file() and (named := _named_paths(directory)):
         yield TOKENIZER_CONFIG, f"names files by path: {', '.join(map(shown, named[:5]))}; remove these settings"

@@ -28,6 +28,7 @@ from tlite_jax.bridge.assemble import (
 )
 from tlite_jax.bridge.checksums import SUMS_NAME, sha256_of, sums_text
 from tlite_jax.bridge.files import contained, new_directory, parse_json, read_json
+from tlite_jax.bridge.hazards import ADAPTER
 from tlite_jax.bridge.hf_config import hf_config, model_config_from_hf
 from tlite_jax.bridge.source import ParamsSource
 from tlite_jax.bridge.stored import StoredTensor
@@ -36,7 +37,14 @@ from tlite_jax.config import ModelConfig
 from tlite_jax.errors import UserError, require
 
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SHARD = re.compile(r".+-[0-9]+-of-[0-9]+\.(safetensors|bin)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_OTHER_KINDS = {
+    "checkpoints": "a run, not a Hugging Face directory; other commands take it as it is, `export` makes one of it",
+    "_CHECKPOINT_METADATA": "a checkpoint, not a Hugging Face directory; `export` makes one of it",
+    ADAPTER: "an adapter without the model it changes; merge it, with PEFT's merge_and_unload, and import the result",
+    "params.json": "weights in Meta's own format; import the model's Hugging Face directory instead",
+}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
@@ -55,6 +63,7 @@ def import_hf(source: Path) -> Imported:
       UserError: another architecture; missing, extra or misshapen tensors; files that are damaged or lead elsewhere.
     """
     directory = source.parent if source.is_file() else source
+    _refuse_other_kinds(directory)
     config = read_json(contained(directory, "config.json", str(source)), max_bytes=1 << 24)
     model = model_config_from_hf(config, str(directory / "config.json"))
     tokenizer = read_tokenizer(directory, config)
@@ -74,7 +83,18 @@ def import_hf(source: Path) -> Imported:
         notes.append(f"weights are {main}, {len(others)} tensors are not; an export restores each one's dtype")
     if TOKENIZER not in tokenizer:
         notes.append("no tokenizer found")
+    if (directory / ADAPTER).exists():
+        notes.append(f"left out the adapter ({ADAPTER}): merge it into the weights first if it belongs to the model")
     return Imported(model, params, cast(WeightsDtype, main), others, tokenizer, tuple(notes))
+
+
+def _refuse_other_kinds(directory: Path) -> None:
+    """Names what lies there, where it is something else that holds a model."""
+    if (directory / "config.json").exists():
+        return
+    for name, line in _OTHER_KINDS.items():
+        if (directory / name).exists():
+            raise UserError(f"{directory}: {line}")
 
 
 def is_hub_id(source: str) -> bool:
@@ -163,6 +183,8 @@ def _stored_tensors(source: Path) -> dict[str, StoredTensor]:
     if _PICKLE_INDEX in names:
         index = contained(source, _PICKLE_INDEX, str(source))
         return safetensors_io.read_index(index, _read_pickle)
+    if parts := sorted(name for name in names if _SHARD.fullmatch(name)):
+        raise UserError(f"{source}: {parts[0]} is a part of the weights, and the index is missing; fetch it too")
     raise UserError(
         f"{source}: no weights; expected {safetensors_io.SINGLE_NAME}, {safetensors_io.INDEX_NAME} or {_PICKLE}"
     )

@@ -17,7 +17,7 @@ import numpy as np
 
 from tlite_jax.bridge.ahead import in_order, row_slices
 from tlite_jax.bridge.checksums import HashedFile
-from tlite_jax.bridge.files import contained, listed, parse_json, read_json, shown
+from tlite_jax.bridge.files import contained, listed, parse_json, read_json, refuse_pointer, shown
 from tlite_jax.bridge.stored import StoredTensor, read_rows_of
 from tlite_jax.errors import UserError
 
@@ -110,6 +110,7 @@ def read_spans(path: Path) -> tuple[dict[str, Span], int, int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
+            refuse_pointer(prefix, str(path))
             header_bytes = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or header_bytes > size - 8:
                 raise UserError(
