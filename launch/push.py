@@ -46,8 +46,8 @@ def push(release: Path, repository: str, *, private: bool = False, force: bool =
     from tlite_jax.release.hub import as_uploaded, on_the_hub
     from tlite_jax.release.result import FILE_NAME, load, text_of
 
-    refuse_destination(repository)
     result = load(release)
+    refuse_destination(repository)
     if not result.passed and not force:
         stopped = ", ".join(check.name for check in result.checks if check.holds_up)
         raise UserError(f"{release} has not passed its gate ({stopped}); mend it, or give --force")

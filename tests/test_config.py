@@ -35,6 +35,13 @@ def refused(file: Path, *overrides: str) -> str:
     return line
 
 
+def test_many_problems_are_still_a_line_that_can_be_read(file: Path) -> None:
+    told = refused(file, *(f"mesh.xyz{number}=1" for number in range(30)))
+    assert told.count("known here: context, fsdp, replica") == 1
+    assert told.count("unknown key") == 10
+    assert told.endswith("; and 20 more")
+
+
 @pytest.mark.parametrize(
     ("word", "complaint"),
     [

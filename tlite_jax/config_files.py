@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from tlite_jax.config import RunConfig, Section
 from tlite_jax.errors import UserError
 
+_MOST_PROBLEMS = 10  # in one line
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -77,11 +78,14 @@ def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def parse(section: type[SectionT], values: Mapping[str, Any], origin: str) -> SectionT:
-    """Validates a mapping; every problem is named in one UserError."""
+    """Validates a mapping; its problems are named in one UserError."""
     try:
         return section.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise UserError("; ".join(_explain(section, problem, origin) for problem in error.errors())) from error
+        told: set[tuple[Any, ...]] = set()
+        lines = [_explain(section, problem, origin, told) for problem in error.errors()]
+        more = f"; and {len(lines) - _MOST_PROBLEMS} more" if len(lines) > _MOST_PROBLEMS else ""
+        raise UserError("; ".join(lines[:_MOST_PROBLEMS]) + more) from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{origin}: {error}") from error
 
@@ -123,14 +127,18 @@ def _overridden(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str
     return result
 
 
-def _explain(section: type[BaseModel], problem: Mapping[str, Any], origin: str) -> str:
+def _explain(section: type[BaseModel], problem: Mapping[str, Any], origin: str, told: set[tuple[Any, ...]]) -> str:
+    """One problem in words; `told` are the places whose keys have been listed already."""
     location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
     name = ".".join(str(part) for part in location) or "config"
     if problem["type"] == "extra_forbidden":
         known = _fields_at(section, location[:-1])
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known))}"
-        return f"{origin}: {name}: unknown key; {mend}"
+        if close:
+            return f"{origin}: {name}: unknown key; did you mean {close[0]!r}?"
+        mend = "" if tuple(location[:-1]) in told else f"; known here: {', '.join(sorted(known))}"
+        told.add(tuple(location[:-1]))
+        return f"{origin}: {name}: unknown key{mend}"
     if problem["type"] == "missing":
         return f"{origin}: {name}: required, not given"
     message = problem["msg"].removeprefix("Value error, ")

@@ -181,6 +181,8 @@ def _explained(manager: TaskManager, names: Sequence[str], error: Exception) -> 
             if missing:
                 return UserError(f"task {name}: its data is not here: {line.rstrip('.')}; {_LOCAL_DATA}")
             return UserError(f"task {name} does not load: {type(own).__name__}: {line}")
+    if isinstance(error, ValueError) and str(error).startswith("Duplicate"):
+        return UserError(f"{str(error).splitlines()[0].rstrip('.')}; name a task once, alone or by its group")
     return error
 
 
