@@ -3,11 +3,13 @@
 Writes what it has found as JSON. Something goes wrong in the last process only.
 """
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,9 +19,10 @@ from jax.experimental import multihost_utils
 from tests.checkpoint.test_checkpoint import meta, random_state
 from tests.checkpoint.test_seal import flip
 from tlite_jax.checkpoint import find, restore_optimizer, restore_params, seal, steps_on_disk
+from tlite_jax.checkpoint.resume import newest_intact
 from tlite_jax.checkpoint.saver import Saver, saver
 from tlite_jax.checkpoint.seal import read_manifest
-from tlite_jax.checkpoint.verify import damages_of, set_damaged_aside
+from tlite_jax.checkpoint.verify import damages_of
 from tlite_jax.config import CheckpointConfig, MeshConfig
 from tlite_jax.sharding import make_mesh
 from tlite_jax.train.state import TrainState
@@ -31,13 +34,14 @@ def save(saving: Saver, state: TrainState, step: int) -> list[str]:
     return saving.failures()
 
 
-def save_with_a_full_disk(saving: Saver, state: TrainState, step: int, *, here: bool) -> list[str]:
+@contextlib.contextmanager
+def full_disk(*, here: bool) -> Iterator[None]:
     """No file of this process can grow."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if here:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        return save(saving, state, step)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -63,7 +67,8 @@ def main(run: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     with saver(run, CheckpointConfig(keep_latest=9)) as saving:
         found["whole"] = save(saving, state, 1)
-        found["full"] = save_with_a_full_disk(saving, state, 2, here=here)
+        with full_disk(here=here):
+            found["full"] = save(saving, state, 2)
         found["full step"] = saving.failed_step
         found["unreadable"] = save_with_an_unreadable_disk(saving, state, 3, here=here)
         found["whole again"] = save(saving, state, 4)
@@ -87,7 +92,7 @@ def main(run: Path) -> dict[str, object]:
         flip(newest.path / names[0])
     multihost_utils.sync_global_devices("flipped")
     found["damaged"] = [str(damage) for damage in damages_of(newest.path)]
-    set_damaged_aside(run)
+    newest_intact(run)
     found["steps"] = steps_on_disk(run)
     return found
 

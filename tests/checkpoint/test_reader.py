@@ -12,10 +12,10 @@ import pytest
 from tests import tiny
 from tests.checkpoint.test_checkpoint import MODEL, SPECS, assert_equal, random_state, random_tree, save
 from tests.checkpoint.test_seal import flip
-from tlite_jax.checkpoint import StateReading, find, reader, steps_on_disk, verify
+from tlite_jax.checkpoint import StateReading, find, reader, resume, steps_on_disk
 from tlite_jax.checkpoint.reader import Reading, Target, read_sharded
+from tlite_jax.checkpoint.resume import newest_intact
 from tlite_jax.checkpoint.seal import check_files, read_manifest
-from tlite_jax.checkpoint.verify import set_damaged_aside
 from tlite_jax.errors import UserError
 from tlite_jax.sharding import abstract_params, pad_params
 
@@ -46,7 +46,7 @@ def targets_bytes(reading: StateReading) -> int:
 @pytest.mark.parametrize("shape", [SAVED_ON, (2, 2), (1, 1), (1, 3), (1, 8)])
 def test_a_state_is_read_while_it_is_verified(shape: tuple[int, int], saved: Path, read_again: list[Path]) -> None:
     mesh = tiny.mesh(*shape)
-    reading = set_damaged_aside(saved, mesh)
+    reading = newest_intact(saved, mesh).reading
     assert reading is not None
     assert reading.is_of(find(saved), mesh)
     assert not reading.is_of(find(saved, 3), mesh)
@@ -77,7 +77,7 @@ def test_the_state_of_a_damaged_step_is_not_taken(file: str, saved: Path, tmp_pa
     run, mesh = shutil.copytree(saved, tmp_path / "run"), tiny.mesh(*SAVED_ON)
     place = run / "checkpoints" / "12" / file
     flip(max(place.iterdir(), key=lambda path: path.stat().st_size) if place.is_dir() else place, 30)
-    reading = set_damaged_aside(run, mesh)
+    reading = newest_intact(run, mesh).reading
     assert reading is not None
     assert steps_on_disk(run) == [3]
     assert reading.is_of(find(run, 3), mesh)
@@ -86,10 +86,10 @@ def test_the_state_of_a_damaged_step_is_not_taken(file: str, saved: Path, tmp_pa
 
 
 def test_a_state_too_large_for_the_host_is_verified_first(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_available_memory", lambda: 1000)
-    assert set_damaged_aside(saved, tiny.mesh(1, 1)) is None
+    monkeypatch.setattr(resume, "_available_memory", lambda: 1000)
+    assert newest_intact(saved, tiny.mesh(1, 1)).reading is None
     monkeypatch.undo()
-    assert verify._available_memory() > 1 << 20
+    assert resume._available_memory() > 1 << 20
 
 
 @pytest.mark.parametrize("compressed", [True, False])

@@ -1,21 +1,12 @@
 """Checkpoints of several processes: all come to the same end, and whoever waits is told for whom."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.processes import outcomes
 from tlite_jax.checkpoint.peers import PeerError, Peers, Talk
-
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-TIMEOUT = 100
 
 
 class Store:
@@ -41,20 +32,20 @@ class Store:
 
 def in_processes(work: Callable[[Talk], str], count: int, seconds: float = 60.0) -> list[str]:
     """What each of `count` processes got, or the error that it met."""
-    store, outcomes = Store(), [""] * count
+    store, got = Store(), [""] * count
 
     def run(process: int) -> None:
         try:
-            outcomes[process] = work(Talk(store, "talk", process, count, seconds))
+            got[process] = work(Talk(store, "talk", process, count, seconds))
         except (PeerError, OSError) as error:
-            outcomes[process] = f"{type(error).__name__}: {error}"
+            got[process] = f"{type(error).__name__}: {error}"
 
     threads = [threading.Thread(target=run, args=(process,)) for process in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return outcomes
+    return got
 
 
 def test_all_get_what_process_0_decides_from_the_words_of_all() -> None:
@@ -117,26 +108,7 @@ def test_what_was_said_is_forgotten() -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What two real processes of four devices each have found; see `job`."""
-    directory = tmp_path_factory.mktemp("job")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": QUICK, "PYTHONPATH": str(REPOSITORY)}
-    processes = []
-    for number in range(2):
-        command = [sys.executable, "-m", "tests.checkpoint.job", str(port), "2", str(number), str(directory)]
-        with (directory / f"{number}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
-    try:
-        statuses = [process.wait(TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert statuses == [0, 0], "\n".join((directory / f"{number}.log").read_text()[-3000:] for number in range(2))
-    return [json.loads((directory / f"{number}.json").read_text()) for number in range(2)]
+    return outcomes("tests.checkpoint.job", tmp_path_factory.mktemp("job"))
 
 
 def test_a_save_that_fails_in_one_process_fails_in_both_and_costs_itself_only(found: list[dict]) -> None:

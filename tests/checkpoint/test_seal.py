@@ -6,6 +6,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,15 +18,10 @@ from tests.checkpoint.test_checkpoint import meta, random_state
 from tlite_jax.checkpoint import find, steps_on_disk
 from tlite_jax.checkpoint import seal as sealing
 from tlite_jax.checkpoint.peers import Talk
+from tlite_jax.checkpoint.resume import newest_intact
 from tlite_jax.checkpoint.saver import saver
 from tlite_jax.checkpoint.seal import MANIFEST, list_files, seal, share, write_manifest
-from tlite_jax.checkpoint.verify import (
-    damages_of,
-    intact_meanwhile,
-    set_damaged_aside,
-    verify_checkpoint,
-    verify_run,
-)
+from tlite_jax.checkpoint.verify import damages_of, intact_meanwhile, verify_checkpoint, verify_run
 from tlite_jax.config import CheckpointConfig
 from tlite_jax.errors import UserError
 from tlite_jax.train.loop import _save_at_last
@@ -144,14 +140,14 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 def test_the_newest_intact_step_is_gone_on_from(run: Path, capsys: pytest.CaptureFixture) -> None:
     flip(step_of(run, 3) / "optimizer" / "manifest.ocdbt")
     (step_of(run, 2) / MANIFEST).unlink()
-    set_damaged_aside(run)
+    newest_intact(run)
     assert steps_on_disk(run) == [1]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert "checkpoints/3 is damaged and set aside: optimizer/manifest.ocdbt: bytes 0.." in lines[0]
     assert "checkpoints/2 is damaged and set aside: manifest.json: missing" in lines[1]
     assert (run / "checkpoints" / "3.damaged" / "params").is_dir()  # kept for people
-    set_damaged_aside(run)  # nothing more to do
+    newest_intact(run)  # nothing more to do
     assert capsys.readouterr().err == ""
 
 
@@ -159,7 +155,7 @@ def test_without_an_intact_step_nothing_is_touched(run: Path) -> None:
     for step in (1, 2, 3):
         flip(step_of(run, step) / "meta" / "metadata")
     with pytest.raises(UserError, match=r"no checkpoint of .* is intact; the newest, 3: meta/metadata: "):
-        set_damaged_aside(run)
+        newest_intact(run)
     assert steps_on_disk(run) == [1, 2, 3]
 
 
@@ -205,10 +201,10 @@ class Full:
     def __init__(self) -> None:
         self.now = True
 
-    def __call__(self, directory: Path, talk: Talk, then: Callable[[], None]) -> None:
+    def __call__(self, directory: Path, talk: Talk, then: Callable[[], None], *rest: Any) -> None:
         if self.now:
             raise OSError(28, "No space left on device")
-        seal(directory, talk, then)
+        seal(directory, talk, then, *rest)
 
 
 def test_a_save_that_fails_gives_its_room_back_and_the_next_is_a_new_try(
@@ -248,9 +244,9 @@ def test_training_goes_on_without_a_checkpoint_but_does_not_end_without_one(
 ) -> None:
     disk = Full()
 
-    def full_until_the_end(directory: Path, talk: Talk, then: Callable[[], None]) -> None:
+    def full_until_the_end(directory: Path, talk: Talk, then: Callable[[], None], *rest: Any) -> None:
         disk.now = not directory.name.startswith(str(tiny.STEPS))
-        disk(directory, talk, then)
+        disk(directory, talk, then, *rest)
 
     monkeypatch.setattr(sealing, "seal", full_until_the_end)
     run = tiny.config(tmp_path / "run", "checkpoint.every=2", *tiny.from_imported())
@@ -268,9 +264,9 @@ def test_training_goes_on_without_a_checkpoint_but_does_not_end_without_one(
 def test_the_last_save_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, state = Full(), random_state(tiny.mesh(1, 1))
 
-    def full_once(directory: Path, talk: Talk, then: Callable[[], None]) -> None:
+    def full_once(directory: Path, talk: Talk, then: Callable[[], None], *rest: Any) -> None:
         try:
-            disk(directory, talk, then)
+            disk(directory, talk, then, *rest)
         finally:
             disk.now = False
 

@@ -46,6 +46,7 @@ class Result(NamedTuple):
 
 FAULTS = (
     Fault("kills", "SIGKILL while training or saving", 300, ("-m", "tests.faults.kills", "--count", "{}")),
+    Fault("local", "the same with a local disk", 100, ("-m", "tests.faults.kills", "--local", "--count", "{}")),
     Fault("flips", "a flipped bit", 1000, ("-m", "tests.faults.flips", "--flips", "{}", "--cuts", "0")),
     Fault("cuts", "a truncated file", 200, ("-m", "tests.faults.flips", "--flips", "0", "--cuts", "{}")),
     Fault("disk", "a disk that fills up while training", 50, ("-m", "tests.faults.disk", "--count", "{}")),
@@ -70,8 +71,9 @@ def run(fault: Fault, scale: float) -> Result:
     runs = max(1, round(fault.runs * scale))
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, "TLITE_KILLS": str(runs)}
     os.makedirs("runs", exist_ok=True)
-    log = f"runs/kills-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    words = [word.format(runs) for word in fault.arguments] + (["--log", log] if fault.name == "kills" else [])
+    log = f"runs/{fault.name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    words = [word.format(runs) for word in fault.arguments]
+    words += ["--log", log] if "tests.faults.kills" in words else []
     print(f"\n{fault.name}: {fault.what}, {runs} times", flush=True)
     began = time.monotonic()
     passed = subprocess.run([sys.executable, *words], env=environment).returncode == 0

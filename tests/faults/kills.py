@@ -1,11 +1,11 @@
 """The kill sweep: SIGKILL at random moments, most of them aimed at a save; after each the run is gone on with.
 
-    python -m tests.faults.kills --count 300 --seed 1 --log kills.jsonl [--resume]
+    python -m tests.faults.kills --count 300 --seed 1 --log kills.jsonl [--resume] [--local]
 
 Whenever a run reaches its end, every loss, the last state's bits and the rows read must equal those of a run that
 nothing happened to, and every checkpoint left must be as it was sealed. The log has a line for every kill and every
 finished run; with --resume the kills in it count, so that a thousand can be gathered in several sittings. The moment of
-kill N depends on the seed and N alone.
+kill N depends on the seed and N alone. With --local the run saves on a local disk, too, and there more often.
 """
 
 import argparse
@@ -34,8 +34,10 @@ class Kill(NamedTuple):
 
     Attributes:
       number, aim, delay: which; at any "moment" of a start, at a "save" or its "seal"; seconds after that began.
-      in_save, in_seal: a checkpoint was half written; Orbax had finished it, and it was not sealed and named.
+      in_save, in_seal: a checkpoint was half written; Orbax had finished it, and it was not sealed and named (or it was
+        being copied from the local disk).
       steps: the last whole step on disk at the start, and the one afterwards.
+      local: the one afterwards is on the local disk alone.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Kill(NamedTuple):
     in_save: bool
     in_seal: bool
     steps: tuple[int, int]
+    local: bool
 
 
 class Sweep:
@@ -53,10 +56,18 @@ class Sweep:
       scratch: an empty directory.
       seed: of the moments.
       note: takes a line of the log.
+      local: save on a local disk, too.
     """
 
-    def __init__(self, scratch: Path, seed: int, note: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, scratch: Path, seed: int, note: Callable[[dict[str, Any]], None], *, local: bool = False
+    ) -> None:
         self._scratch, self._seed, self._note = scratch, seed, note
+        self._changes: dict[str, Any] = {}
+        self._num_saves = 8 if local else 2  # of a start, one of which is aimed at
+        if local:
+            tier = {"local_dir": str(scratch / "disk"), "local_every": 1}
+            self._changes = {"checkpoint": {"every": 4, "keep_latest": 3, **tier}}
         self._data = runs.make_data(scratch / "data")
         began = time.monotonic()
         self._expected = runs.undisturbed(self._data, scratch)
@@ -82,7 +93,7 @@ class Sweep:
         """One start that is killed; False when it was over before that."""
         chance = np.random.default_rng([self._seed, number])
         aim = str(chance.choice(["save", "seal", "moment"], p=[0.4, 0.2, 0.4]))
-        nth_save, part = int(chance.integers(1, 3)), float(chance.random())
+        nth_save, part = int(chance.integers(1, self._num_saves + 1)), float(chance.random())
         before, left = _last_step(output), set(half_written(output))
         child = self._start(output)
         began = time.monotonic()
@@ -99,7 +110,8 @@ class Sweep:
         now = half_written(output)
         new = [name for key, name in now.items() if key not in left]
         sealing = any(name.endswith(PARTIAL) for name in new)
-        kill = Kill(number, aim, round(delay, 4), bool(new), sealing, (before, after))
+        is_local = after > max(_steps(output / "checkpoints"), default=0)
+        kill = Kill(number, aim, round(delay, 4), bool(new), sealing, (before, after), is_local)
         self.kills.append(kill)
         self._note({"kill": kill.number, "seed": self._seed, **kill._asdict()})
         return True
@@ -124,7 +136,7 @@ class Sweep:
         return left
 
     def _start(self, output: Path) -> runs.Child:
-        config = runs.config(self._data, output, self._scratch / "cache")
+        config = runs.config(self._data, output, self._scratch / "cache", **self._changes)
         return runs.Child(lambda: runs.train_to_the_end(config), output.with_suffix(".log"))
 
     def _finish(self, output: Path) -> None:
@@ -139,6 +151,7 @@ class Sweep:
         assert not verify_run(output).damages, f"{output.name}: {verify_run(output).damages[0]}"
         self.finished += 1
         self._note({"run": output.name, "seed": self._seed, "equal": sorted(found)})
+        assert not list((self._scratch / "disk").glob("*")), f"{output.name} has left something on the local disk"
         shutil.rmtree(output)
         result.unlink()
 
@@ -150,18 +163,28 @@ def half_written(run: Path) -> dict[_Key, str]:
     """
     return {
         (entry.name.partition(".")[0], entry.inode()): entry.name
-        for entry in _entries(run)
+        for place in _places(run)
+        for entry in _entries(place)
         if not entry.name.isdecimal() and not entry.name.endswith(".deleting")
     }
 
 
 def _last_step(run: Path) -> int:
-    return max((int(entry.name) for entry in _entries(run) if entry.name.isdecimal()), default=0)
+    return max((step for place in _places(run) for step in _steps(place)), default=0)
 
 
-def _entries(run: Path) -> list[os.DirEntry[str]]:
+def _places(run: Path) -> list[Path]:
+    """Where checkpoints of a run lie: its directory and the local disk."""
+    return [run / "checkpoints", *run.parent.glob(f"disk/{run.name}-*/process-0")]
+
+
+def _steps(place: Path) -> list[int]:
+    return [int(entry.name) for entry in _entries(place) if entry.name.isdecimal()]
+
+
+def _entries(place: Path) -> list[os.DirEntry[str]]:
     try:
-        return list(os.scandir(run / "checkpoints"))
+        return list(os.scandir(place))
     except FileNotFoundError:
         return []
 
@@ -182,6 +205,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--log", type=Path, default=Path("kills.jsonl"))
     parser.add_argument("--resume", action="store_true", help="go on with the log instead of refusing it")
+    parser.add_argument("--local", action="store_true", help="save on a local disk, too")
     arguments = parser.parse_args()
     if arguments.log.exists() and not arguments.resume:
         parser.error(f"{arguments.log} is there: give --resume to go on with it, or another --log")
@@ -193,7 +217,7 @@ def main() -> None:
             log.write(json.dumps(line) + "\n")
             log.flush()
 
-        Sweep(Path(scratch), arguments.seed, note).run(arguments.count, first)
+        Sweep(Path(scratch), arguments.seed, note, local=arguments.local).run(arguments.count, first)
     kills, in_save, in_seal, finished, _ = read_log(arguments.log)
     minutes = (time.monotonic() - began) / 60
     print(f"{kills} kills, {in_save} with a checkpoint half written, {in_seal} of these while it was sealed;")

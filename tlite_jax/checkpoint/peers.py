@@ -125,17 +125,17 @@ def alone() -> Talk:
 
 
 class Peers:
-    """The processes of this job; gives out talks, which all processes must take in the same order."""
+    """The processes of this job; gives out talks, one after another, which all must take in the same order."""
 
-    def __init__(self, store: Any, process: int, count: int):
-        self._store, self._process, self._count = store, process, count
+    def __init__(self, store: Any, process: int, count: int, line: str = ""):
+        self._store, self._process, self._count, self._root = store, process, count, f"{_ROOT}{line}"
         self._talks: list[Talk] = []
         self._taken = 0
 
     def talk(self, what: str) -> Talk:
         """A new talk about something."""
         self._taken += 1
-        result = Talk(self._store, f"{_ROOT}/{self._taken}/{what}", self._process, self._count)
+        result = Talk(self._store, f"{self._root}/{self._taken}/{what}", self._process, self._count)
         if self._count > 1 and self._process == 0:
             self._talks.append(result)
             if len(self._talks) > 2:  # who takes part in the last one has heard the end of the one before
@@ -144,11 +144,16 @@ class Peers:
 
 
 @functools.cache
-def peers() -> Peers:
+def peers(line: str = "") -> Peers:
     """Of this job."""
-    return Peers(store(), jax.process_index(), jax.process_count())
+    return Peers(store(), jax.process_index(), jax.process_count(), line)
 
 
-def new_talk(what: str) -> Talk:
-    """A new talk of this job's processes."""
-    return peers().talk(what)
+def new_talk(what: str, line: str = "") -> Talk:
+    """A new talk of this job's processes.
+
+    Args:
+      what: it is about.
+      line: talks of different lines may go on at the same time; of one line, each begins when the one before is over.
+    """
+    return peers(line).talk(what)

@@ -6,8 +6,10 @@ verifies a file reads it anyway, and puts its bytes where they belong.
 """
 
 import itertools
+import json
+import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,14 +69,15 @@ class Reading:
       directory: the item.
       abstract: nested dict of ShapeDtypeStructs with shardings. Where the stored shape differs, the difference is
         padding, which is zero; other dtypes are converted.
+      process: whose part of the item is read; what it has not written is zero. None: the item is whole.
 
     Raises:
       UserError: an array is absent or cannot be opened.
     """
 
-    def __init__(self, directory: Path, abstract: Any) -> None:
+    def __init__(self, directory: Path, abstract: Any, process: int | None = None) -> None:
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(abstract)
-        self._item = _Item(directory)
+        self._item = _Item(directory) if process is None else _Part(directory, process)
         self._arrays = deque(self._item.plan(".".join(key.key for key in path), leaf) for path, leaf in leaves)
 
     @property
@@ -162,11 +165,7 @@ class _Item:
     def plan(self, name: str, leaf: jax.ShapeDtypeStruct) -> _Array:
         """How an array is read into shards, which are made; nothing is read."""
         stored, array = self.open(name), _Array(name, leaf)
-        by_spans: dict[tuple[Span, ...], list[jax.Device]] = {}
-        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-            spans = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-            by_spans.setdefault(spans, []).append(device)
-        for spans, devices in by_spans.items():
+        for spans, devices in _by_spans(leaf).items():
             shard = _empty(tuple(end - begin for begin, end in spans), leaf.dtype)
             array.shards.append((devices, shard))
             inside = [(begin, min(end, size)) for (begin, end), size in zip(spans, stored.shape, strict=True)]
@@ -212,6 +211,60 @@ class _Item:
                 return None
             pieces.append((place, memoryview(piece.reshape(-1).view(np.uint8))))
         return pieces
+
+
+class _Part(_Item):
+    """What one process has written of an item, which may be nothing of an array, or of all."""
+
+    def __init__(self, item: Path, process: int) -> None:
+        self._names = chunks_of_part(item, process).keys()
+        if self._names:
+            super().__init__(_part(item, process))
+
+    def plan(self, name: str, leaf: jax.ShapeDtypeStruct) -> _Array:
+        """See `_Item`."""
+        if name in self._names:
+            return super().plan(name, leaf)
+        array = _Array(name, leaf)
+        for spans, devices in _by_spans(leaf).items():
+            shard = _empty(tuple(end - begin for begin, end in spans), leaf.dtype)
+            shard[...] = 0
+            array.shards.append((devices, shard))
+        return array
+
+
+def chunks_of_part(item: Path, process: int) -> dict[str, tuple[int, int]]:
+    """By name of an array, how many chunks a process has written, and how many the whole array has."""
+    directory = _part(item, process)
+    if not directory.is_dir():
+        return {}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/"}).result()
+    written = Counter(key.decode().rpartition("/")[0] for key in store.list().result())
+    found = {}
+    for name, keys in written.items():
+        layout = json.loads(store.read(f"{name}/.zarray").result().value)
+        grid = [-(-size // chunk) for size, chunk in zip(layout["shape"], layout["chunks"], strict=True)]
+        found[name] = (keys - 1, math.prod(grid))
+    return found
+
+
+def array_names(item: Path) -> list[str]:
+    """The arrays that an item consists of, as Orbax has noted them."""
+    noted = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"].values()
+    return [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in noted]
+
+
+def _part(item: Path, process: int) -> Path:
+    return item.absolute() / f"ocdbt.process_{process}"
+
+
+def _by_spans(leaf: jax.ShapeDtypeStruct) -> dict[tuple[Span, ...], list[jax.Device]]:
+    """The devices of this process by what they hold of an array."""
+    found: dict[tuple[Span, ...], list[jax.Device]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        spans = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        found.setdefault(spans, []).append(device)
+    return found
 
 
 def _places(store: Any, directory: Path) -> Iterator[tuple[str, Place]]:

@@ -3,25 +3,31 @@
 A save that fails (a full disk) costs the run nothing but that checkpoint: what it wrote is deleted, its reason is told
 once, and the next save is a new try. Of several processes all come to the same end: when one fails, the others are told
 so while they write, and process 0 alone says that a checkpoint is whole.
+
+With a local tier, a checkpoint is written to the local disks first and copied from there, so that a slow file system is
+waited for by no array in memory. When the local disks cannot take it, it goes to the run's directory at once.
 """
 
 import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
-import orbax.checkpoint as ocp
 
-from tlite_jax.checkpoint.peers import alone, new_talk, reason_of
+from tlite_jax.checkpoint import orbax_writer
+from tlite_jax.checkpoint.copy import publish_copy
+from tlite_jax.checkpoint.local import LocalTier
+from tlite_jax.checkpoint.peers import PATIENCE_SECONDS, alone, new_talk, reason_of
 from tlite_jax.checkpoint.seal import PARTIAL, PINNED, publish
-from tlite_jax.checkpoint.slices import save_args
 from tlite_jax.checkpoint.stored import Meta, steps_on_disk
 from tlite_jax.config import CheckpointConfig
 from tlite_jax.train.state import TrainState
 
 _DELETING = ".deleting"
+_SLOWEST_DISK_SECONDS = 60.0  # that a save waits for the one before on the local disks
 _ROOM = 1.02  # of a state's bytes: meta, directories and what a file system takes for itself
 
 
@@ -32,11 +38,18 @@ class Saver:
       run: directory.
       config: how many to keep.
       kept: which of the given steps are to be kept besides, asked for before any is deleted.
+      local: saves on the local disks; None: there are none.
     """
 
-    def __init__(self, run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]]):
+    def __init__(
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        kept: Callable[[Collection[int]], Collection[int]],
+        local: LocalTier | None = None,
+    ):
         self._directory = run.absolute() / "checkpoints"
-        self._run, self._config, self._kept = run, config, kept
+        self._run, self._config, self._kept, self._local = run, config, kept, local
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._failures: list[str] = []
@@ -44,35 +57,57 @@ class Saver:
         self._has_leftovers = False
         self._delete_leftovers()
         self._talk = alone()
-        self._checkpointer = self._new_checkpointer()
+        self._checkpointer = orbax_writer.together(self._meet)
 
     def save(self, state: TrainState, meta: Meta) -> None:
         """Starts saving; returns when the state's arrays may be donated. What goes wrong is told by `failures`."""
         self.wait()
-        self._talk, self.failed_step = new_talk(f"save {meta.step}"), None
+        self._talk, self.failed_step = new_talk(f"save {meta.step}", "-save"), None
         try:
             if shortage := self._make_room(state):
+                self.save_locally(state, meta)
                 self._note(meta.step, shortage)
                 return
-            self._checkpointer.save(
-                self._partial(meta.step),
-                args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(state.params, save_args=save_args(state.params)),
-                    optimizer=ocp.args.PyTreeSave(state.optimizer._asdict()),
-                    meta=ocp.args.JsonSave(meta.model_dump(mode="json")),
-                ),
-            )
+            part = self._begun_locally(state, meta)
+            if part is None:
+                self._checkpointer.save(self._partial(meta.step), args=orbax_writer.items(state, meta))
         except Exception as error:
             self._talk.fail(error)
             self._give_up(meta.step, error)
             return
-        self._thread = threading.Thread(target=self._finish, args=(meta.step,), name=str(meta.step))
+        self._thread = threading.Thread(target=self._finish, args=(meta.step, part), name=str(meta.step))
         self._thread.start()
+
+    def save_locally(self, state: TrainState, meta: Meta) -> None:
+        """The same on the local disks only, if there are any."""
+        if self._local is None:
+            return
+        busy = self._thread is not None and self._local.copied is None and self._thread.is_alive()
+        if why := self._local.save(state, meta, "another save is under way" if busy else ""):
+            self._failures.append(f"checkpoint {meta.step} was not saved locally: {why}")
+
+    def _begun_locally(self, state: TrainState, meta: Meta) -> Future[Path] | None:
+        """The part that is being saved and will be copied; None: the local disks do not take it."""
+        if self._local is None:
+            return None
+        self._local.wait(_SLOWEST_DISK_SECONDS)
+        if why := self._local.save(state, meta, "" if self._local.is_healthy else "the last save there has failed"):
+            self._failures.append(f"checkpoint {meta.step} is saved without the local disks: {why}")
+            return None
+        self._local.copied = meta.step
+        return self._local.last
+
+    def run_is_done(self) -> None:
+        """Deletes what only an interrupted run needs: its local checkpoints."""
+        if self._local is not None:
+            self._local.remove()
 
     def failures(self) -> list[str]:
         """Why saves came to nothing, as far as it is known by now without waiting; each is told once."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
+        if self._local is not None:
+            self._failures = self._local.failures() + self._failures
         told, self._failures = self._failures, []
         return told
 
@@ -81,6 +116,8 @@ class Saver:
         if self._thread is None:
             return
         self._thread.join()
+        if self._local is not None:
+            self._local.copied = None
         step, error = int(self._thread.name), self._error
         self._thread = self._error = None
         if error is not None:
@@ -92,25 +129,24 @@ class Saver:
         self._delete_late_leftovers()
         self._delete_old()
         self._checkpointer.close()
+        if self._local is not None:
+            self._local.close()
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, part: Future[Path] | None) -> None:
         """In a thread of its own: until a checkpoint is whole, sealed and named."""
+        final = self._directory / str(step)
         try:
-            self._checkpointer.wait_until_finished()
-            publish(self._partial(step), self._directory / str(step), self._talk)
+            if part is None:
+                self._checkpointer.wait_until_finished()
+                publish(self._partial(step), final, self._talk)
+            else:
+                publish_copy(part.result(PATIENCE_SECONDS), self._partial(step), final, self._talk)
         except Exception as error:
             self._talk.fail(error)
             self._error = error
 
-    def _new_checkpointer(self) -> ocp.AsyncCheckpointer:
-        # Not compressed: float32 weights and moments hardly shrink, and both saving and restoring wait for it.
-        arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer")}
-        handler = ocp.CompositeCheckpointHandler(**arrays, meta=ocp.JsonCheckpointHandler())
-
-        def meet(*, key: str, timeout_ms: int) -> None:  # Orbax's own barrier waits for a process that has failed
-            self._talk.meet(key)
-
-        return ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(barrier_sync_fn=meet))
+    def _meet(self, topic: str) -> None:
+        self._talk.meet(topic)
 
     def _partial(self, step: int) -> Path:
         return self._directory / f"{step}{PARTIAL}"
@@ -119,7 +155,7 @@ class Saver:
         """Gives back the disk that a failed save holds."""
         with contextlib.suppress(Exception):  # it may know of the same failure
             self._checkpointer.close()
-        self._checkpointer = self._new_checkpointer()
+        self._checkpointer = orbax_writer.together(self._meet)
         self._delete_leftovers()
         self._has_leftovers = True
         self._note(step, reason_of(error))
@@ -181,10 +217,13 @@ def _delete(directory: Path) -> None:
 
 @contextlib.contextmanager
 def saver(
-    run: Path, config: CheckpointConfig, kept: Callable[[Collection[int]], Collection[int]] = lambda steps: ()
+    run: Path,
+    config: CheckpointConfig,
+    kept: Callable[[Collection[int]], Collection[int]] = lambda steps: (),
+    local: LocalTier | None = None,
 ) -> Iterator[Saver]:
     """A Saver that is closed, its last save finished, on the way out."""
-    result = Saver(run, config, kept)
+    result = Saver(run, config, kept, local)
     try:
         yield result
     finally:

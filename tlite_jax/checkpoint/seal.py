@@ -39,7 +39,12 @@ class UnsealedError(Exception):
     """The manifest is missing or is not what was written; the message says which."""
 
 
-def seal(directory: Path, talk: Talk, then: Callable[[], None] = lambda: None) -> None:
+def seal(
+    directory: Path,
+    talk: Talk,
+    then: Callable[[], None] = lambda: None,
+    expected: Mapping[str, Entry] = types.MappingProxyType({}),
+) -> None:
     """Makes a directory durable and verifiable; its manifest is written last.
 
     Each process brings to the disk and hashes the files that it has written, which are in its own memory still.
@@ -48,9 +53,11 @@ def seal(directory: Path, talk: Talk, then: Callable[[], None] = lambda: None) -
       directory: all its files are complete. The name of the directory itself is the caller's to make durable.
       talk: of the processes that have written it.
       then: called in process 0 when it is sealed, before any process returns.
+      expected: what is known of files that this process has copied.
 
     Raises:
       PeerError: another process could not do its part; nothing is sealed then.
+      OSError: so could this one, or a copy is not what it is a copy of.
     """
 
     def finish(words: list[str]) -> str:
@@ -60,21 +67,24 @@ def seal(directory: Path, talk: Talk, then: Callable[[], None] = lambda: None) -
         then()
         return ""
 
-    own = [name for name in list_files(directory) if (_writer(name) or 0) == talk.process]
-    talk.meet("sealed", json.dumps(hash_files(directory, own)), finish)
+    own = hash_files(directory, [name for name in list_files(directory) if (writer_of(name) or 0) == talk.process])
+    for name in own.keys() & expected.keys():
+        if own[name] != expected[name]:
+            raise OSError(f"{directory / name} is not what it was copied from")
+    talk.meet("sealed", json.dumps(own), finish)
 
 
-def publish(partial: Path, final: Path, talk: Talk) -> None:
+def publish(partial: Path, final: Path, talk: Talk, expected: Mapping[str, Entry] = types.MappingProxyType({})) -> None:
     """Seals a checkpoint that is written, each process what it has written, and gives it its name."""
 
     def give_name() -> None:
         partial.rename(final)
         sync(final.parent)
 
-    seal(partial, talk, give_name)
+    seal(partial, talk, give_name, expected)
 
 
-def _writer(name: str) -> int | None:
+def writer_of(name: str) -> int | None:
     """The process that has written a file, if Orbax says so in its path."""
     found = _OF_PROCESS.search(name)
     return int(found[1]) if found else None
@@ -96,8 +106,8 @@ def share(sizes: Mapping[str, int], number: int, count: int) -> list[str]:
     Those that it has written, which are mostly those that it needs; where others have written them, about as many bytes
     as any other process.
     """
-    if len({writer for name in sizes if (writer := _writer(name)) is not None}) == count:
-        return sorted(name for name in sizes if (_writer(name) or 0) == number)
+    if len({writer for name in sizes if (writer := writer_of(name)) is not None}) == count:
+        return sorted(name for name in sizes if (writer_of(name) or 0) == number)
     loads, mine = [0] * count, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         to = loads.index(min(loads))

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from tlite_jax.checkpoint.reader import Reading, Target, read_sharded
 from tlite_jax.checkpoint.slices import open_arrays
 from tlite_jax.checkpoint.stored import Checkpoint
+from tlite_jax.checkpoint.unite import unite
 from tlite_jax.errors import UserError
 from tlite_jax.model.decoder import param_specs
 from tlite_jax.optimizer import AdamState
@@ -44,15 +45,16 @@ class StateReading:
     """Parameters and moments of a checkpoint on their way into their shards on a mesh.
 
     Args:
-      checkpoint: with an optimizer.
+      checkpoint: with an optimizer; a part goes to the mesh that it was saved on, and all processes read theirs.
       mesh: where they go.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh) -> None:
         wanted = abstract_state(checkpoint.meta.model, mesh)
         self._path, self._mesh = checkpoint.path.absolute(), mesh
-        self._params = Reading(self._path / "params", wanted.params)
-        self._optimizer = Reading(self._path / "optimizer", wanted.optimizer._asdict())
+        self._is_part = checkpoint.part is not None
+        self._params = Reading(self._path / "params", wanted.params, checkpoint.part)
+        self._optimizer = Reading(self._path / "optimizer", wanted.optimizer._asdict(), checkpoint.part)
         self.bytes = self._params.bytes + self._optimizer.bytes
         self.filled: frozenset[str] = frozenset()  # names of the files that have been read into their places
         self._finished = False
@@ -70,4 +72,7 @@ class StateReading:
         """Reads what has not been read; to be called once."""
         self._finished = True
         filled = {self._path / name for name in self.filled}
-        return self._params.finish(filled), AdamState(**self._optimizer.finish(filled))
+        params, moments = self._params.finish(filled), self._optimizer.finish(filled)
+        if self._is_part:
+            params, moments = unite((params, moments), self._mesh)
+        return params, AdamState(**moments)

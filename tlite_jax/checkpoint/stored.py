@@ -51,12 +51,20 @@ class Meta(Section):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk, or the part of it that one process has on its local disk.
+
+    Attributes:
+      run, step: whose, and when.
+      path: its directory.
+      meta: what it says of itself.
+      part: the process whose part it is; None: it is whole.
+    """
 
     run: Path
     step: int
     path: Path
     meta: Meta
+    part: int | None = None
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -113,6 +121,15 @@ def find(path: Path, step: int | str | None = None) -> Checkpoint:
         raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     directory = run / "checkpoints" / str(step)
     return Checkpoint(run, step, directory, _read_meta(directory))
+
+
+def find_part(run: Path, directory: Path, process: int) -> Checkpoint:
+    """Opens what a process has of a run's checkpoint on its local disk; reads no arrays.
+
+    Raises:
+      UserError: it is none.
+    """
+    return Checkpoint(run, int(directory.name), directory, _read_meta(directory), process)
 
 
 def parse_step(text: str) -> int | Literal["best"]:

@@ -2,24 +2,19 @@
 
 import contextlib
 import json
-import re
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-
-from jax.sharding import Mesh
 
 from tlite_jax.checkpoint.peers import Talk, new_talk
 from tlite_jax.checkpoint.seal import MANIFEST, Entry, UnsealedError, check_files, read_manifest, share, strangers
 from tlite_jax.checkpoint.state import StateReading
-from tlite_jax.checkpoint.stored import Checkpoint, find, is_step, steps_on_disk
+from tlite_jax.checkpoint.stored import Checkpoint, is_step, steps_on_disk
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage, Progress, Verification
 
-DAMAGED = ".damaged"
 _NAMED = 100  # damages that a process tells the others of
 
 
@@ -82,6 +77,8 @@ def damages_of(
     items: Collection[str] = (),
     reading: StateReading | None = None,
     report: Callable[[int], None] = lambda size: None,
+    *,
+    is_part: bool = False,
 ) -> list[Damage]:
     """What is wrong with a step, or with some of its items: params, optimizer, meta.
 
@@ -92,14 +89,17 @@ def damages_of(
       items: of it; none: all.
       reading: what is read is put where this process needs it.
       report: called with the bytes of each piece that was read, in the threads that read; what it raises ends them.
+      is_part: the directory is a part of this process's own; the others read theirs.
 
     Raises:
       PeerError: a process did not come.
     """
     talk = new_talk(f"verify {directory.name}")
-    found = _damages_of_share(directory, items, talk, reading, report)
+    found = _damages_of_share(directory, items, None if is_part else talk, reading, report)
     if talk.count == 1:
         return found
+    if is_part:
+        found = [replace(damage, file=f"process {talk.process}: {damage.file}") for damage in found]
 
     def unite(words: list[str]) -> str:
         united = dict.fromkeys(Damage(**values) for word in words for values in json.loads(word))
@@ -112,7 +112,7 @@ def damages_of(
 def _damages_of_share(
     directory: Path,
     items: Collection[str],
-    talk: Talk,
+    talk: Talk | None,
     reading: StateReading | None,
     report: Callable[[int], None],
 ) -> list[Damage]:
@@ -121,7 +121,8 @@ def _damages_of_share(
     except UnsealedError as error:
         return [] if _is_older(directory) else [Damage(MANIFEST, str(error))]
     sizes = {name: entry["bytes"] for name, entry in entries.items() if not items or name.split("/")[0] in items}
-    mine = {name: entries[name] for name in share(sizes, talk.process, talk.count)}
+    names = sizes if talk is None else share(sizes, talk.process, talk.count)
+    mine = {name: entries[name] for name in names}
     if reading is None:
         return check_files(directory, mine, report)
     targets = reading.targets()
@@ -135,7 +136,7 @@ def require_intact(
     """Raises UserError, with what is wrong and where, unless a checkpoint (or these items) is as it was written."""
     if found := damages_of(checkpoint.path, items, report=report):
         raise UserError(
-            f"{checkpoint.path} is damaged: {found[0]}{_others(found)}; restore it from a copy, or name another step"
+            f"{checkpoint.path} is damaged: {found[0]}{others(found)}; restore it from a copy, or name another step"
         )
 
 
@@ -164,69 +165,8 @@ def intact_meanwhile(checkpoint: Checkpoint, items: Collection[str]) -> Iterator
             ended.set()
 
 
-def set_damaged_aside(run: Path, mesh: Mesh | None = None) -> StateReading | None:
-    """Renames steps newer than the newest intact one to STEP.damaged, each with a line that says why.
-
-    Args:
-      run: directory.
-      mesh: where the state of the newest intact step will be wanted.
-
-    Returns:
-      That state, read while it was verified; None when it was not.
-
-    Raises:
-      UserError: there are steps, and none is intact; nothing is renamed then.
-    """
-    damaged: list[tuple[int, str]] = []
-    answer = new_talk("steps").meet("steps", decide=lambda words: json.dumps(steps_on_disk(run)))
-    steps: list[int] = json.loads(answer)
-    reading = None
-    for step in reversed(steps):
-        directory = run / "checkpoints" / str(step)
-        reading = _reading_of(directory, mesh) if mesh is not None else None
-        found = damages_of(directory, reading=reading)
-        if not found:
-            break
-        damaged.append((step, f"{found[0]}{_others(found)}"))
-    if not damaged:
-        return reading
-    if len(damaged) == len(steps):
-        raise UserError(
-            f"no checkpoint of {run} is intact; the newest, {damaged[0][0]}: {damaged[0][1]}; restore one from a copy, "
-            "or choose another output"
-        )
-
-    def rename(words: list[str]) -> str:
-        for step, why in damaged:
-            directory = run / "checkpoints" / str(step)
-            print(f"warning: {directory} is damaged and set aside: {why}", file=sys.stderr, flush=True)
-            directory.rename(_free_name(directory))
-        return ""
-
-    new_talk("damaged").meet("set aside", decide=rename)
-    return reading
-
-
-def _reading_of(directory: Path, mesh: Mesh) -> StateReading | None:
-    """Where the state of a step belongs; None when it cannot be told, or takes too much of the host's memory."""
-    try:
-        reading = StateReading(find(directory), mesh)
-    except Exception:  # whatever a damaged index, or a damaged meta, may say: its verification tells what is wrong
-        return None
-    return reading if reading.bytes < _available_memory() / 2 else None
-
-
-def _available_memory() -> int:
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
-
-
-def _free_name(directory: Path) -> Path:
-    names = (directory.with_name(f"{directory.name}{DAMAGED}{number or ''}") for number in range(1000))
-    return next(name for name in names if not name.exists())
-
-
-def _others(found: list[Damage]) -> str:
+def others(found: list[Damage]) -> str:
+    """How many more there are than the one that is told."""
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 

@@ -203,6 +203,14 @@ class CheckpointConfig(Section):
     every: Positive = Field(default=500, description="steps; the last step is always saved")
     keep_latest: Positive = 2
     keep_every: Positive | None = Field(default=None, description="steps; these are never deleted")
+    local_dir: Path | None = Field(default=None, description="on a disk of each host: saved there first; null: nowhere")
+    local_every: Positive | None = Field(default=None, description="steps; how often there")
+
+    @model_validator(mode="after")
+    def _local_is_whole(self) -> Self:
+        if (self.local_dir is None) != (self.local_every is None):
+            raise ValueError("give both local_dir and local_every, or neither")
+        return self
 
 
 class TelemetryConfig(Section):

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from tlite_jax import optimizer
 from tlite_jax.checkpoint import Meta
+from tlite_jax.checkpoint.local import LocalTier
+from tlite_jax.checkpoint.parts import claim_parts
 from tlite_jax.checkpoint.saver import Saver, saver
 from tlite_jax.data.loader import batches
 from tlite_jax.sharding import BATCH_SPEC
@@ -125,7 +127,7 @@ def train(
         _only_trainer(run),
         _stopwatch(run, mesh, spent or {}, entered) as watch,
         _signals() as stop,
-        saver(run.directory, config.checkpoint, kept) as checkpoints,
+        saver(run.directory, config.checkpoint, kept, _local_tier(run, mesh)) as checkpoints,
         writer(run, console) as metrics_writer,
     ):
         with watch.section("restore"):
@@ -159,8 +161,15 @@ def _loop(
 ) -> Result:
     config = run.config
     step = run.start_step
-    saved = run.start_step if run.resumed else None
+    saved = run.start_step if run.resumed and run.resumed.part is None else None
     stopped = evaluate.stopped if evaluate is not None else None
+    local_every = config.checkpoint.local_every
+
+    def save_locally() -> None:
+        with watch.section("checkpoint"):
+            log.anomalies.check_saved(state.params)
+            checkpoints.save_locally(state, run.meta(step, log.spikes.recent))
+        log.write_failures(step, checkpoints.failures())
 
     def save() -> None:
         nonlocal saved
@@ -204,16 +213,22 @@ def _loop(
         watch.reached(step - 1)  # the last one has only been started
         log.write_failures(step, checkpoints.failures())
         due = due or step % config.checkpoint.every == 0 or step == run.total_steps
-        if due:
+        due_locally = local_every is not None and step % local_every == 0
+        if due or due_locally:
             with watch.section("step"):
                 log.flush()
             if not log.anomalies.in_a_row:  # else the next step that is not skipped is saved
-                save()
+                if due:
+                    save()
+                else:
+                    save_locally()
                 due = False
         run_evaluation()
     save()
     with watch.section("checkpoint"):
         _save_at_last(checkpoints, state, run.meta(step, log.spikes.recent))
+    if stop.signal is None:
+        checkpoints.run_is_done()
     watch.reached(step)
     return Result(step, state, stop.signal, log.first_step_seconds, stopped)
 
@@ -226,6 +241,13 @@ def _save_at_last(checkpoints: Saver, state: TrainState, meta: Meta) -> None:
         checkpoints.wait()
     if checkpoints.failed_step == meta.step:
         raise OSError(checkpoints.failures()[-1])
+
+
+def _local_tier(run: Run, mesh: Mesh) -> LocalTier | None:
+    directory = run.config.checkpoint.local_dir
+    if directory is None:
+        return None
+    return LocalTier(claim_parts(run.directory, directory, mesh), run.start_step if run.resumed else -1)
 
 
 def _only_trainer(run: Run) -> AbstractContextManager[None]:

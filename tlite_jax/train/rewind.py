@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlite_jax.checkpoint import find, steps_on_disk
+from tlite_jax.checkpoint.parts import forget_parts
 from tlite_jax.config_files import load_config
 from tlite_jax.data.files import read_json, write_json
 from tlite_jax.data.segment_files import Rewind, read_segments, timeline_of, write_timeline
@@ -59,6 +60,7 @@ def rewind(
     after = timeline if pending or skip is None else _without(timeline, run, at, skip)
     set_aside = tuple(step for step in steps_on_disk(run) if step > at.step or not at.has_checkpoint)
     if not dry_run:
+        forget_parts(run)  # they may be of steps that are gone back from
         record = Rewind(to, skip, directory.name, automatic)
         write_timeline(run, after, record)
         _set_aside(run, set_aside, directory, record)

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 
 from tlite_jax import checkpoint as checkpoints
 from tlite_jax.checkpoint import Checkpoint, Meta, Recent, StateReading
-from tlite_jax.checkpoint.verify import require_intact, set_damaged_aside
+from tlite_jax.checkpoint.parts import drop_after, parts_of
+from tlite_jax.checkpoint.resume import newest_intact
+from tlite_jax.checkpoint.verify import require_intact
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore
@@ -94,17 +96,24 @@ class Run:
         return f"trained from {self.base.path}" if self.base else "trained from random weights"
 
 
-def resolve(config: RunConfig) -> tuple[RunConfig, Checkpoint | None, Checkpoint | None]:
+def resolve(
+    config: RunConfig, resumed: Checkpoint | None = None
+) -> tuple[RunConfig, Checkpoint | None, Checkpoint | None]:
     """Fills in what the checkpoint to go on from decides: the model's shape and the tokenizer.
 
+    Args:
+      config: as given by the user.
+      resumed: the run's own checkpoint to go on from; None: the newest in its directory.
+
     Returns:
-      The config, the source that `init_from` names (None when it is not needed any more) and the run's own newest
-      checkpoint, if it has one.
+      The config, the source that `init_from` names (None when it is not needed any more) and the run's own checkpoint,
+      if it has one.
 
     Raises:
       UserError: no such checkpoint, or a model section that is not the checkpoint's.
     """
-    resumed = checkpoints.find(config.output) if checkpoints.steps_on_disk(config.output) else None
+    if resumed is None and checkpoints.steps_on_disk(config.output):
+        resumed = checkpoints.find(config.output)
     if resumed is not None and resumed.meta.config is None:
         raise UserError(f"{config.output} holds an imported model, not a run; choose another output")
     if config.init_from is None:
@@ -151,8 +160,10 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     if mesh is not None:
         check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
     _finish_rewind(config.output)
-    reading = set_damaged_aside(config.output, mesh)
-    config, base, resumed = resolve(config)
+    local = config.checkpoint.local_dir
+    parts = parts_of(config.output, local, mesh) if local is not None and mesh is not None else None
+    newest = newest_intact(config.output, mesh, parts)
+    config, base, resumed = resolve(config, newest.checkpoint)
     if base is not None:
         require_intact(base)
     assert config.model is not None
@@ -173,6 +184,8 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
             f"train.steps {total_steps} needs {needed} more rows, the mixture has {available} left; "
             "enlarge data.mixture or lower train.steps"
         )
+    if parts is not None:
+        drop_after(parts, resumed.step if resumed else -1)
     if jax.process_count() > 1:  # no process may find the directory half claimed
         multihost_utils.sync_global_devices("run checked")
     if jax.process_index() == 0:
@@ -182,7 +195,7 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
         schedule_offset = resumed.meta.schedule_offset
     else:
         schedule_offset = base.step + base.meta.schedule_offset if carried and base is not None else 0
-    return Run(config, directory, timeline, store, base, resumed, schedule_offset, total_steps, reading)
+    return Run(config, directory, timeline, store, base, resumed, schedule_offset, total_steps, newest.reading)
 
 
 def _finish_rewind(directory: Path) -> None:
