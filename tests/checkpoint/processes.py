@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-TIMEOUT = 100
+TIMEOUT = 300
 
 
 def outcomes(module: str, directory: Path, *words: str) -> list[dict]:
