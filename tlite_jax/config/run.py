@@ -175,6 +175,9 @@ class ExecutionConfig(Section):
     """How the step is computed; changes rounding at most, never what is learned."""
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    fp8: bool = Field(
+        default=False, description="the layers' matrix products in eight bits, on NVIDIA GPUs from Ada and Hopper on"
+    )
     reduce_dtype: Literal["bfloat16", "float32"] = Field(
         default="float32", description="of gradients on the wire within an fsdp group"
     )

@@ -1,7 +1,8 @@
-"""The Llama decoder in Flax NNX, written for one device; two hooks connect it to the world.
+"""The Llama decoder in Flax NNX, written for one device; hooks connect it to the world.
 
 `gather` turns a stored part of the model into one to compute with (cast it, and on a mesh collect it from its
-shards), inside the rematerialised block, so that at most a block or two exist whole. `attend` is the attention.
+shards), inside the rematerialised block, so that at most a block or two exist whole. `attend` is the attention,
+`product` how a block's matrices are multiplied.
 
 Shapes: B batch, T tokens, D embed, N heads, K kv heads, H head_dim, F mlp, V vocab, L layers.
 """
@@ -17,7 +18,16 @@ from flax import nnx
 from tlite_jax.config import ModelConfig
 from tlite_jax.model import attention
 from tlite_jax.model.attention import Attend
-from tlite_jax.model.layers import apply_rope, linear, rms_norm, rope_frequencies, rope_tables, swiglu
+from tlite_jax.model.layers import (
+    Product,
+    apply_rope,
+    linear,
+    product,
+    rms_norm,
+    rope_frequencies,
+    rope_tables,
+    swiglu,
+)
 
 Params = dict[str, Any]  # nested dict of arrays; see `param_specs`
 PartT = TypeVar("PartT")
@@ -81,26 +91,29 @@ class Block(nnx.Module):
         self.up = init.matrix("mlp", "embed")
         self.down = init.matrix("embed", "mlp")
 
-    def project(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], *, product: Product = product
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H]."""
         B, T, _ = x_BTD.shape
         normed_BTD = rms_norm(x_BTD, self.attention_norm[...], self.config.rms_norm_eps)
 
         def heads(name: str) -> jax.Array:
             bias = getattr(self, f"{name}_bias")[...] if self.config.attention_bias else None
-            return linear(normed_BTD, getattr(self, name)[...], bias).reshape(B, T, -1, self.config.head_dim)
+            y = linear(normed_BTD, getattr(self, name)[...], bias, product=product)
+            return y.reshape(B, T, -1, self.config.head_dim)
 
         return apply_rope(heads("query"), rope), apply_rope(heads("key"), rope), heads("value")
 
-    def finish(self, x_BTD: jax.Array, attended_BTNH: jax.Array) -> jax.Array:
+    def finish(self, x_BTD: jax.Array, attended_BTNH: jax.Array, *, product: Product = product) -> jax.Array:
         """Everything after attention: its output projection, the residual and the MLP. Returns [B, T, D]."""
         B, T, _ = x_BTD.shape
         bias = self.output_bias[...] if self.config.attention_bias else None
         with jax.named_scope("attention"):
-            x_BTD = x_BTD + linear(attended_BTNH.reshape(B, T, -1), self.output[...], bias)
+            x_BTD = x_BTD + linear(attended_BTNH.reshape(B, T, -1), self.output[...], bias, product=product)
         with jax.named_scope("mlp"):
             normed_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.config.rms_norm_eps)
-            return x_BTD + swiglu(normed_BTD, self.gate[...], self.up[...], self.down[...])
+            return x_BTD + swiglu(normed_BTD, self.gate[...], self.up[...], self.down[...], product=product)
 
     def __call__(
         self,
@@ -109,12 +122,13 @@ class Block(nnx.Module):
         segment_ids_BT: jax.Array | None,
         *,
         attend: Attend,
+        product: Product = product,
     ) -> jax.Array:
         """Returns [B, T, D]."""
         with jax.named_scope("attention"):
-            q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rope)
+            q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rope, product=product)
             attended_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        return self.finish(x_BTD, attended_BTNH)
+        return self.finish(x_BTD, attended_BTNH, product=product)
 
 
 class Decoder(nnx.Module):

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D embed, N heads, H head_dim, F mlp.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,14 @@ import numpy as np
 from tlite_jax.config import Llama3RopeScaling
 
 
-def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
-    """The product x @ weight^T (+ bias), with the weight in Hugging Face's layout.
-
-    Args:
-      x: [..., I].
-      weight_OI: [O, I], same dtype as x.
-      bias_O: [O] or None.
-
-    Returns:
-      [..., O] in x's dtype; products are accumulated in float32.
-    """
-    y = _product(x, weight_OI)
-    return y if bias_O is None else y + bias_O
-
-
 @jax.custom_vjp
-def _product(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
+def product(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
+    """The product x [..., I] @ weight^T: [..., O] in x's dtype, accumulated in float32."""
     return jnp.einsum("...i,oi->...o", x, weight_OI)
 
 
 def _product_forward(x: jax.Array, weight_OI: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Not a call of _product: that would hide its dot_general from rematerialisation policies.
+    # Not a call of product: that would hide its dot_general from rematerialisation policies.
     return jnp.einsum("...i,oi->...o", x, weight_OI), (x, weight_OI)
 
 
@@ -46,7 +33,27 @@ def _product_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> 
     return dx, jnp.einsum("mo,mi->oi", dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # `product`, or one like it
+
+
+def linear(
+    x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None, *, product: Product = product
+) -> jax.Array:
+    """The product x @ weight^T (+ bias), with the weight in Hugging Face's layout.
+
+    Args:
+      x: [..., I].
+      weight_OI: [O, I], same dtype as x.
+      bias_O: [O] or None.
+      product: how matrices are multiplied.
+
+    Returns:
+      [..., O] in x's dtype; products are accumulated in float32.
+    """
+    y = product(x, weight_OI)
+    return y if bias_O is None else y + bias_O
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -60,9 +67,11 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
 
 
-def swiglu(x_BTD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array) -> jax.Array:
+def swiglu(
+    x_BTD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array, *, product: Product = product
+) -> jax.Array:
     """down(silu(gate x) * up x) (Shazeer 2020). Returns [B, T, D]."""
-    return linear(jax.nn.silu(linear(x_BTD, gate_FD)) * linear(x_BTD, up_FD), down_DF)
+    return product(jax.nn.silu(product(x_BTD, gate_FD)) * product(x_BTD, up_FD), down_DF)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Llama3RopeScaling | None) -> np.ndarray:

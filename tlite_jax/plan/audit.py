@@ -97,7 +97,7 @@ class _Found:
 
 
 def collectives(
-    module: Module, intent: Intent, flops: Flops, *, devices_per_node: int
+    module: Module, intent: Intent, flops: Flops, *, devices_per_node: int, fp8_flops: Flops = lambda *_: 0.0
 ) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
     """All collectives that the program executes, and where it departs from the intent, a sentence each.
 
@@ -106,8 +106,9 @@ def collectives(
       intent: of the config that it was compiled from.
       flops: of one execution of an instruction: products and attention kernels.
       devices_per_node: consecutive devices that share a fast network.
+      fp8_flops: those of `flops` that are done in eight bits.
     """
-    found = list(_Reader(module, intent, flops, devices_per_node).read(module.entry))
+    found = list(_Reader(module, intent, flops, fp8_flops, devices_per_node).read(module.entry))
     return tuple(item.collective for item in found), tuple(_violations(found, intent))
 
 
@@ -118,6 +119,7 @@ class _Reader:
     module: Module
     intent: Intent
     flops: Flops
+    fp8_flops: Flops
     devices_per_node: int
 
     def read(
@@ -173,13 +175,16 @@ class _Reader:
             count=trips,
             buffer_bytes=buffer,
             wire_bytes=round(wire),
-            overlapped_flops=self._spanned(computation, place, sent) if sent.is_start else 0.0,
+            overlapped_flops=self._spanned(computation, place, sent, self.flops),
             is_async=sent.is_start,
+            overlapped_fp8_flops=self._spanned(computation, place, sent, self.fp8_flops),
         )
         return _Found(collective, operands, groups, in_microbatches)
 
-    def _spanned(self, computation: Computation, place: int, sent: "_Sent") -> float:
-        """FLOPs between a start and its end, in the order of the schedule."""
+    def _spanned(self, computation: Computation, place: int, sent: "_Sent", flops: Flops) -> float:
+        """FLOPs between a start and its end, in the order of the schedule; a synchronous one spans none."""
+        if not sent.is_start:
+            return 0.0
         started, total = {computation.instructions[place].name}, 0.0
         for instruction in computation.instructions[place + 1 :]:
             if not started.isdisjoint(instruction.operands):
@@ -189,7 +194,7 @@ class _Reader:
                     started.add(instruction.name)
             if _ends_fused(self.module, instruction, sent.collective):
                 break
-            total += self.flops(instruction, computation)
+            total += flops(instruction, computation)
         return total
 
 

@@ -61,7 +61,9 @@ def compile_program(config: RunConfig, devices: Sequence[jax.Device], *, devices
     backend = attention.backend_name(select_attention(config.model, config.execution, mesh, masks, length))
     shape = sequences, length, config.model.num_attention_heads // context, config.model.head_dim
     executed = Executed(module, Kernels.of(module, backend, shape, masks))
-    found, violations = collectives(module, intent, executed.flops, devices_per_node=devices_per_node)
+    found, violations = collectives(
+        module, intent, executed.flops, devices_per_node=devices_per_node, fp8_flops=executed.fp8_flops
+    )
     shard_bytes = parameter_bytes(config.model, intent.num_shards)
     return Program(
         num_devices=mesh.size,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tlite_jax.config import RunConfig
 from tlite_jax.plan.program import Collective, Memory, Program, Where
-from tlite_jax.plan.topology import Hardware
+from tlite_jax.plan.topology import Hardware, Rates
 from tlite_jax.telemetry.throughput import flops_per_token
 
 PLACES: Mapping[Where, str] = {"loop": "loop", "edge": "edges", "replica": "replica"}
@@ -110,7 +110,9 @@ def estimate(
     work, rates = program.work, hardware.rates
     forward, backward = _attention_flops(work.attention_flops, config.execution.remat)
     compute = {
-        "matmul": max(work.matmul_flops / rates.matmul.value, work.matmul_bytes / rates.memory.value),
+        "matmul": max(
+            product_seconds(work.matmul_flops, work.fp8_flops, rates), work.matmul_bytes / rates.memory.value
+        ),
         "attention_forward": forward / rates.attention_forward.value,
         "attention_backward": backward / rates.attention_backward.value,
         "elementwise": work.elementwise_bytes / rates.memory.value,
@@ -158,6 +160,12 @@ def fit(memory: Memory, hardware: Hardware, headroom: float) -> Fit:
     )
 
 
+def product_seconds(flops: float, fp8_flops: float, rates: Rates) -> float:
+    """Time of matrix products of so many FLOPs, of which fp8_flops in eight bits."""
+    fp8_rate = (rates.matmul_fp8 or rates.matmul).value
+    return (flops - fp8_flops) / rates.matmul.value + fp8_flops / fp8_rate
+
+
 def transfer(collective: Collective, hardware: Hardware, nic: float) -> Transfer:
     """How long one execution takes, by a ring that visits each node once.
 
@@ -180,7 +188,8 @@ def transfer(collective: Collective, hardware: Hardware, nic: float) -> Transfer
     inter_hops = rounds * (collective.group_nodes - 1)
     intra_hops = rounds * (collective.group_size - collective.group_nodes)
     seconds = max(intra, inter) + intra_hops * rates.intra_node_hop + inter_hops * rates.inter_node_hop
-    spanned = collective.overlapped_flops / rates.matmul.value if collective.is_async else 0.0
+    flops = collective.overlapped_flops, collective.overlapped_fp8_flops
+    spanned = product_seconds(*flops, rates) if collective.is_async else 0.0
     return Transfer(collective, seconds, min(seconds, spanned), intra, inter)
 
 

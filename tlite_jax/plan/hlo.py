@@ -108,7 +108,7 @@ class Module:
                 current.instructions.append(Instruction(name, opcode, type_text, operands, line))
         if not self.entry:
             raise ValueError("not the text of an HLO module: it has no entry computation")
-        self._flops: dict[str, float] = {}
+        self._flops: dict[tuple[str, bool], float] = {}
 
     def trip_count(self, loop: Instruction) -> int:
         """Iterations of a while loop: what XLA notes on it, or the constant that its condition compares with.
@@ -134,23 +134,27 @@ class Module:
             for _, callee in instruction.called:
                 yield from self._reachable(callee)
 
-    def flops(self, instruction: Instruction, computation: Computation) -> float:
-        """FLOPs of matrix products that one execution of an instruction takes, trips of its loops included."""
-        if instruction.opcode == "dot":
-            return _dot_flops(instruction, computation)
-        if instruction.opcode == "convolution":
-            return _convolution_flops(instruction, computation)
-        if instruction.opcode == "custom-call":
-            return _gemm_flops(instruction, computation)
-        trips = self.trip_count(instruction) if instruction.opcode == "while" else 1
-        return trips * sum(self.computation_flops(callee) for role, callee in instruction.called if role != "condition")
+    def flops(self, instruction: Instruction, computation: Computation, *, fp8: bool = False) -> float:
+        """FLOPs of matrix products that one execution of an instruction takes, trips of its loops included.
 
-    def computation_flops(self, name: str) -> float:
+        Args:
+          instruction, computation: which, and where it is.
+          fp8: count only the products of two arrays of eight bits.
+        """
+        if instruction.opcode in _PRODUCTS:
+            is_counted = not fp8 or _has_eight_bits(instruction, computation)
+            return _PRODUCTS[instruction.opcode](instruction, computation) if is_counted else 0.0
+        trips = self.trip_count(instruction) if instruction.opcode == "while" else 1
+        return trips * sum(
+            self.computation_flops(callee, fp8=fp8) for role, callee in instruction.called if role != "condition"
+        )
+
+    def computation_flops(self, name: str, *, fp8: bool = False) -> float:
         """FLOPs of matrix products in one execution of a computation."""
-        if name not in self._flops:
+        if (name, fp8) not in self._flops:
             computation = self.computations[name]
-            self._flops[name] = sum(self.flops(instruction, computation) for instruction in computation.instructions)
-        return self._flops[name]
+            self._flops[name, fp8] = sum(self.flops(each, computation, fp8=fp8) for each in computation.instructions)
+        return self._flops[name, fp8]
 
 
 def _closing(text: str) -> int:
@@ -213,6 +217,14 @@ def _gemm_flops(instruction: Instruction, computation: Computation) -> float:
     left = computation.by_name[instruction.operands[0]].results[0]
     contracted = _numbers((instruction.attribute(r'lhs_contracting_dimensions":\[([^\]]*)\]') or "").replace('"', ""))
     return 2.0 * instruction.results[0].size * math.prod(left.dims[dim] for dim in contracted)
+
+
+_PRODUCTS = {"dot": _dot_flops, "convolution": _convolution_flops, "custom-call": _gemm_flops}
+
+
+def _has_eight_bits(instruction: Instruction, computation: Computation) -> bool:
+    operands = [computation.by_name[name] for name in instruction.operands[:2] if name in computation.by_name]
+    return len(operands) == 2 and all(operand.results[0].dtype.startswith("f8") for operand in operands)
 
 
 def replica_groups(text: str) -> np.ndarray:

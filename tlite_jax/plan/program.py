@@ -49,6 +49,7 @@ class Collective:
       wire_bytes: that one device sends in one execution, by the ring algorithm.
       overlapped_flops: FLOPs of matrix products and attention between its start and its end, in one execution.
       is_async: whether it has a start and an end.
+      overlapped_fp8_flops: the part of overlapped_flops that is done in eight bits.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Collective:
     wire_bytes: int
     overlapped_flops: float
     is_async: bool
+    overlapped_fp8_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Work:
       elementwise_bytes: memory traffic of everything else but the optimizer and attention.
       optimizer_bytes: memory traffic of the update.
       attention_bytes: memory traffic of attention.
+      fp8_flops: the part of matmul_flops that is done in eight bits.
     """
 
     matmul_flops: float
@@ -86,6 +89,7 @@ class Work:
     elementwise_bytes: float
     optimizer_bytes: float
     attention_bytes: float
+    fp8_flops: float = 0.0
 
 
 @dataclass(frozen=True)

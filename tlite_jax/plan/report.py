@@ -64,6 +64,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "work": asdict(program.work),
         "flop_ratio": cost.flop_ratio,
+        "fp8_share": plan.program.work.fp8_flops / (plan.program.work.matmul_flops or 1.0),
         "wire_ratio": cost.wire_ratio,
         "hidden_share": dict(cost.hidden_share),
         "memory_ratio": cost.memory_ratio,
@@ -120,8 +121,8 @@ def assumptions(plan: Plan) -> list[str]:
     """Where each number that was not computed comes from."""
     hardware = plan.hardware
     lines = [f"peak {hardware.peak_flops.value:.4g} FLOP/s: {hardware.peak_flops.source}"]
-    for name in _RATES:
-        rate = getattr(hardware.rates, name)
+    for name in _RATES if plan.program.work.fp8_flops == 0 else (*_RATES, "matmul_fp8"):
+        rate = getattr(hardware.rates, name) or hardware.rates.matmul
         unit = "bytes/s" if name in ("memory", "intra_node", "inter_node") else "FLOP/s"
         lines.append(f"{name} {rate.value:.4g} {unit}: {rate.source}")
     if plan.cost.dollars is not None:
@@ -267,9 +268,10 @@ def _time_table(cost: Cost) -> Table:
 def _summary(plan: Plan) -> Iterator[str]:
     cost, work = plan.cost, plan.program.work
     hidden = cost.hidden_share
+    eight_bits = f" ({work.fp8_flops / 1e12:,.1f} in eight bits)" if work.fp8_flops else ""
     yield (
-        f"executed {(work.matmul_flops + work.attention_flops) / 1e12:,.1f} TFLOP a device and step, needed "
-        f"{work.needed_flops / 1e12:,.1f}: flop_ratio {cost.flop_ratio:.3f}, wire_ratio {cost.wire_ratio:.3f}, "
+        f"executed {(work.matmul_flops + work.attention_flops) / 1e12:,.1f} TFLOP a device and step{eight_bits}, "
+        f"needed {work.needed_flops / 1e12:,.1f}: flop_ratio {cost.flop_ratio:.3f}, wire_ratio {cost.wire_ratio:.3f}, "
         f"memory_ratio {cost.memory_ratio:.3f}"
     )
     yield f"hidden_share: loop {hidden['loop']:.2f}, edges {hidden['edges']:.2f}, replica {hidden['replica']:.2f}"

@@ -47,6 +47,7 @@ class Rates(Section):
     """What one device sustains, FLOP/s and bytes/s; a NIC's bandwidth is that of a whole node."""
 
     matmul: Sourced = Field(description="bf16 matrix products, FLOP/s")
+    matmul_fp8: Sourced | None = Field(default=None, description="products in eight bits; null: as in bf16")
     attention_forward: Sourced = Field(description="fused causal attention, FLOP/s of the causal half")
     attention_backward: Sourced = Field(description="likewise, counted as five products")
     memory: Sourced = Field(description="reading and writing device memory, bytes/s")

@@ -91,6 +91,10 @@ class Executed:
         """FLOPs of products and of attention kernels in one execution of an instruction, loops included."""
         return self._module.flops(instruction, computation) + self._attention_flops(instruction)
 
+    def fp8_flops(self, instruction: Instruction, computation: Computation) -> float:
+        """The part of `flops` that is done in eight bits."""
+        return self._module.flops(instruction, computation, fp8=True)
+
     def _attention_flops(self, instruction: Instruction) -> float:
         trips = self._module.trip_count(instruction) if instruction.opcode == "while" else 1
         inner = sum(self._attention_of(callee) for role, callee in instruction.called if role != "condition")
@@ -115,6 +119,7 @@ class Executed:
             elementwise_bytes=max(0.0, other - optimizer),
             optimizer_bytes=optimizer,
             attention_bytes=attended,
+            fp8_flops=self._module.computation_flops(self._module.entry, fp8=True),
         )
 
     def _traffic(self, name: str) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from tlite_jax.config import ExecutionConfig, ModelConfig
 from tlite_jax.loss import cross_entropy_and_gradients, num_scored
 from tlite_jax.model import decoder
 from tlite_jax.model.attention import Attend
-from tlite_jax.model.layers import rms_norm
+from tlite_jax.model.layers import Product, product, rms_norm
 from tlite_jax.sharding import Collectives
 from tlite_jax.train.context import local_positions
 from tlite_jax.train.layers import Layers, Sum, Tree
@@ -34,12 +34,14 @@ class Gradients:
       model, execution: sections of the run's config.
       collectives: of the mesh.
       attend: attention.
+      product: how the layers multiply matrices.
     """
 
     model: ModelConfig
     execution: ExecutionConfig
     collectives: Collectives
     attend: Attend
+    product: Product = product
 
     def __call__(self, params: Tree, batch: Batch) -> tuple[Tree, jax.Array]:
         """Gradients of all microbatches, summed over all devices.
@@ -74,7 +76,7 @@ class Gradients:
     def _microbatch(self, params: Tree, gradients: Tree, batch: Batch, *, last: bool) -> tuple[Tree, jax.Array]:
         """Adds one microbatch to the sums, which are complete with the last; also returns what its rows have lost."""
         collectives, specs = self.collectives, decoder.param_specs(self.model)
-        layers = Layers(self.model, collectives, self.attend, self.execution.remat)
+        layers = Layers(self.model, collectives, self.attend, self.product, self.execution.remat)
         rope = decoder.rope_at(self.model, local_positions(batch["tokens"].shape[1])[None])
         tied = self.model.tie_word_embeddings
         names = ("final_norm",) if tied else ("final_norm", "head")

@@ -19,6 +19,7 @@ from flax import nnx
 from tlite_jax.config import ModelConfig
 from tlite_jax.model import decoder
 from tlite_jax.model.attention import Attend
+from tlite_jax.model.layers import Product
 from tlite_jax.model.remat import remat
 from tlite_jax.sharding import Collectives
 
@@ -60,12 +61,14 @@ class Layers:
       model: the shape.
       collectives: of the mesh.
       attend: attention.
+      product: how matrices are multiplied.
       remat: a name that `model.remat` knows.
     """
 
     model: ModelConfig
     collectives: Collectives
     attend: Attend
+    product: Product
     remat: str
 
     @jax.named_scope("layers")
@@ -189,7 +192,7 @@ class Layers:
         graphdef = decoder.block_graphdef(self.model)
 
         def apply(weights: Tree, x_BTD: jax.Array, rope: Any, segment_ids_BT: jax.Array | None) -> jax.Array:
-            return nnx.merge(graphdef, weights)(x_BTD, rope, segment_ids_BT, attend=self.attend)
+            return nnx.merge(graphdef, weights)(x_BTD, rope, segment_ids_BT, attend=self.attend, product=self.product)
 
         return remat(apply, self.remat)
 

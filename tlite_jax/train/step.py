@@ -14,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tlite_jax import optimizer as adamw
 from tlite_jax.config import ExecutionConfig, ModelConfig, OptimizerConfig
 from tlite_jax.errors import UserError
-from tlite_jax.model import attention, decoder
+from tlite_jax.model import attention, decoder, layers
 from tlite_jax.model.attention import Attend
+from tlite_jax.model.fp8 import check_fp8, fp8_product
+from tlite_jax.model.layers import Product
 from tlite_jax.optimizer import Schedule
 from tlite_jax.sharding import BATCH_SPEC, CONTEXT, DEVICES, FSDP, REPLICA, Collectives, partition_specs
 from tlite_jax.train.compile_options import compile_options
@@ -56,6 +58,14 @@ def select_attention(
     )
 
 
+def select_product(execution: ExecutionConfig, mesh: Mesh) -> Product:
+    """How the layers of a step multiply matrices. Raises UserError when the mesh's devices cannot do it so."""
+    if not execution.fp8:
+        return layers.product
+    check_fp8(mesh.devices.flat[0])
+    return fp8_product
+
+
 def make_gradients(
     model: ModelConfig, execution: ExecutionConfig, mesh: Mesh, document_masking: bool
 ) -> Callable[[Any, Batch], tuple[Any, jax.Array]]:
@@ -63,12 +73,12 @@ def make_gradients(
 
     Of each row, on every device, float32: its summed loss and its number of scored tokens.
     """
-    collectives = Collectives.of(mesh, execution)
+    collectives, product = Collectives.of(mesh, execution), select_product(execution, mesh)
 
     def local_gradients(params: Any, batch: Batch) -> tuple[Any, jax.Array]:
         length = batch["tokens"].shape[1] * mesh.shape[CONTEXT]
         attend = across_context(select_attention(model, execution, mesh, document_masking, length), mesh.shape[CONTEXT])
-        gradients, rows_R2 = Gradients(model, execution, collectives, attend)(params, batch)
+        gradients, rows_R2 = Gradients(model, execution, collectives, attend, product)(params, batch)
         return gradients, _all_rows(rows_R2, mesh.size // mesh.shape[CONTEXT])
 
     specs = partition_specs(decoder.param_specs(model))
