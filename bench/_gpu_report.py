@@ -153,6 +153,16 @@ def fit(values: Mapping[int, float]) -> Line | None:
     return line._replace(error=max(misses, default=None))
 
 
+def meaningless(step: Line, update: Line) -> str | None:
+    """Why lines over depths say nothing of deeper models; None where they may: no layer takes less than no time."""
+    for what, line in (("a step", step), ("the update", update)):
+        if line.slope <= 0:
+            return f"{what} of more layers was not slower ({line.slope:.2g} s a layer): noise is larger than the layers"
+    if step.at(FITTED_LAYERS) <= update.at(FITTED_LAYERS):
+        return "the update alone would take longer than the step: noise is larger than the layers"
+    return None
+
+
 def check_agreement(problem: Problem, ours: Measured, torch: Measured) -> list[str]:
     """Says of every depth that both have how far loss and gradient norm lie apart.
 
@@ -194,6 +204,9 @@ def rows(
             result.append({"contender": name, **row})
         step, update, peak_memory = fit(seconds), fit(updates), fit(memory)
         if step is not None and update is not None and peak_memory is not None:
+            if reason := meaningless(step, update):
+                result.append({"contender": name, "layers": FITTED_LAYERS, "not_meaningful": reason})
+                continue
             values = (step.at(FITTED_LAYERS), update.at(FITTED_LAYERS), peak_memory.at(FITTED_LAYERS))
             row = _row(problem, FITTED_LAYERS, values, ceilings, peak)
             line = {"fixed_seconds": step.fixed, "layer_seconds": step.slope, "line_error": step.error}
@@ -230,6 +243,9 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
+        if "not_meaningful" in row:
+            lines.append(f"| {row['contender']} | {row['layers']} (fitted) |" + " - |" * 8)
+            continue
         fitted = " (fitted)" if "line_error" in row else ""
         alone = row["tokens_per_second_without_update"]
         shares = " | ".join("-" if row[key] is None else f"{row[key]:.1%}" for key in ("mfu", "mfu_causal"))
@@ -238,6 +254,9 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             f"| {row['tokens_per_second']:,.0f} | {'-' if alone is None else f'{alone:,.0f}'} "
             f"| {shares} | {row['share_of_floor']:.1%} | {row['peak_bytes'] / 1e9:.2f} |"
         )
+    lines += [
+        f"{row['contender']}: fit not meaningful: {row['not_meaningful']}" for row in found if "not_meaningful" in row
+    ]
     return "\n".join(lines)
 
 

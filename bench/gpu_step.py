@@ -223,7 +223,7 @@ def _print_lines(found: list[dict[str, Any]]) -> None:
         line = f"{row['fixed_seconds']:.4g} + {row['layer_seconds']:.4g} x layers s; {miss}"
         print(f"{row['contender']}: {line}")
     rates: dict[int, dict[str, float]] = {}
-    for row in found:
+    for row in (row for row in found if "tokens_per_second" in row):
         rates.setdefault(row["layers"], {})[row["contender"]] = row["tokens_per_second"]
     ratios = [f"{layers} layers {pair['ours'] / pair['torch']:.3f}" for layers, pair in rates.items() if len(pair) == 2]
     print(f"tokens/s, ours / torch: {', '.join(ratios)}")
