@@ -46,7 +46,6 @@ def test_the_loss_is_that_of_bfloat16():
     text = "\n".join(json.loads(line)["text"] for line in sample.read_text(encoding="utf-8").splitlines())
     data = np.frombuffer(text.encode(), np.uint8)
     bf16, fp8 = losses(data), losses(data, fp8=True)
-    print(bf16[0], fp8[0], bf16[-50:].mean(), fp8[-50:].mean())
     assert fp8[0] == pytest.approx(bf16[0], rel=0.01)
     assert bf16[-50:].mean() < 0.65 * bf16[0]  # it has learned
     assert fp8[-50:].mean() == pytest.approx(bf16[-50:].mean(), rel=0.02)
