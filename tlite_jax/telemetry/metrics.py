@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
+import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tlite_jax.errors import UserError
 from tlite_jax.telemetry.evaluated import Evaluated
@@ -149,7 +150,6 @@ class TensorBoardSink:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
             self._file = LineFile(directory / name)
-        self._records = RecordWriter(self._file)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resume_step is not None:
             start = SessionLog(status=SessionLog.START)
@@ -171,7 +171,20 @@ class TensorBoardSink:
         self._file.close()
 
     def _add(self, event: Event) -> None:
-        self._records.write(event.SerializeToString())
+        self._file.write(_record(event.SerializeToString()))
+
+
+def _record(content: bytes) -> bytes:
+    """As TensorFlow frames records: length, its checksum, content, its checksum. TensorBoard's own writer computes CRCs
+    in Python, which takes most of a step's telemetry.
+    """
+    length = struct.pack("<Q", len(content))
+    return b"".join((length, _masked_crc(length), content, _masked_crc(content)))
+
+
+def _masked_crc(content: bytes) -> bytes:
+    crc = google_crc32c.value(content)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
