@@ -28,6 +28,7 @@ class LayerCache(NamedTuple):
     values: jax.Array
 
 
+_MOST_SUMMED_ROWS = 64
 Cache = tuple[LayerCache, ...]
 Rope = tuple[jax.Array, jax.Array]
 
@@ -70,7 +71,7 @@ class StepNetwork:
         """Rotated queries and keys, and values, of this device's sequences: [R, T, heads, H]."""
         model = self.model
         normed_BTD = rms_norm(x_BTD, layer.attention_norm, model.rms_norm_eps)
-        y_BTO = linear(normed_BTD, layer.query_key_value, layer.query_key_value_bias)
+        y_BTO = product(normed_BTD, layer.query_key_value, layer.query_key_value_bias)
         heads = (model.num_attention_heads, model.num_key_value_heads, model.num_key_value_heads)
         sizes = [count * model.head_dim for count in heads]
         q, k, v = self._gather_parts(y_BTO, sizes)
@@ -85,16 +86,16 @@ class StepNetwork:
         model = self.model
         R, T = attended_RTNH.shape[:2]
         attended_BTI = self._whole(attended_RTNH.reshape(R, T, -1))
-        y_BTO = linear(attended_BTI, layer.output, layer.output_bias)
+        y_BTO = product(attended_BTI, layer.output, layer.output_bias)
         x_BTD = x_BTD + self._gather(y_BTO, model.hidden_size)
         normed_BTD = rms_norm(x_BTD, layer.mlp_norm, model.rms_norm_eps)
-        gate_BTO, up_BTO = jnp.split(linear(normed_BTD, layer.gate_up), 2, axis=-1)
+        gate_BTO, up_BTO = jnp.split(product(normed_BTD, layer.gate_up), 2, axis=-1)
         inner_BTF = self._gather(jax.nn.silu(gate_BTO) * up_BTO, model.intermediate_size)
-        return x_BTD + self._gather(linear(inner_BTF, layer.down), model.hidden_size)
+        return x_BTD + self._gather(product(inner_BTF, layer.down), model.hidden_size)
 
     def _logits(self, weights: Weights, x_B1D: jax.Array) -> jax.Array:
         hidden_BD = rms_norm(x_B1D, weights.final_norm, self.model.rms_norm_eps)[:, 0]
-        return self._gather(linear(hidden_BD, weights.head), self.model.vocab_size).astype(jnp.float32)
+        return self._gather(product(hidden_BD, weights.head), self.model.vocab_size).astype(jnp.float32)
 
     def _gather(self, y_O: jax.Array, size: int) -> jax.Array:
         """Outputs of all devices side by side, without padding."""
@@ -122,6 +123,26 @@ class StepNetwork:
 
     def _whole(self, x_R: jax.Array) -> jax.Array:
         return x_R if self.num_shards == 1 else jax.lax.all_gather(x_R, SHARDS, tiled=True)
+
+
+def product(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
+    """`layers.linear` for the rows of a decoding step; on a CPU a few rows of float32 are multiplied as sums.
+
+    XLA packs all weights of a product anew each time, which takes as long as the product itself where rows are few. For
+    one row it packs nothing, and many make up for it.
+    """
+    num_rows = x.size // x.shape[-1]
+    if not 1 < num_rows <= _MOST_SUMMED_ROWS or x.dtype != jnp.float32:
+        return linear(x, weight_OI, bias_O)
+    return jax.lax.platform_dependent(x, weight_OI, bias_O, cpu=_summed, default=linear)
+
+
+def _summed(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None) -> jax.Array:
+    # Barriers keep the sums as they are: fused with their neighbours they take several times as long.
+    x_XI = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
+    y_XO = jax.lax.optimization_barrier(jnp.sum(weight_OI[:, None] * x_XI, axis=-1)).T
+    y = y_XO.reshape(*x.shape[:-1], -1)
+    return y if bias_O is None else y + bias_O
 
 
 def by_head(x_RTKH: jax.Array) -> jax.Array:
