@@ -13,7 +13,9 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -117,16 +119,17 @@ def measure(step: str, source: Path, target: Path, code: str, scratch: Path) -> 
 
 def _run(code: str) -> tuple[float, int]:
     """Returns seconds, and the most memory that the process held."""
-    started = time.monotonic()
-    pid = os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-c", f"from pathlib import Path; {code}"],
-        {**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    _, status, usage = os.wait4(pid, 0)
-    if status:
+    with tempfile.NamedTemporaryFile("r") as status:
+        # ru_maxrss would count what this process held when it started the other one.
+        last = f"Path({status.name!r}).write_text(Path('/proc/self/status').read_text())"
+        words = [sys.executable, "-c", f"from pathlib import Path; {code}; {last}"]
+        started = time.monotonic()
+        ended = subprocess.run(words, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
+        seconds = time.monotonic() - started
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read(), re.MULTILINE)
+    if ended.returncode or found is None:
         raise SystemExit(f"failed: {code}")
-    return time.monotonic() - started, usage.ru_maxrss * 1024
+    return seconds, int(found[1]) * 1024
 
 
 def plain_copy(sources: Iterable[Path], written: int, target: Path) -> float:
