@@ -162,7 +162,7 @@ def _update(model: ModelConfig, optimizer: OptimizerConfig) -> float:
         factor = adamw.clip_factor(adamw.global_norm(gradients), optimizer.max_gradient_norm)
         clipped = jax.tree.map(lambda gradient: gradient * factor, gradients)
         rate = jnp.float32(optimizer.learning_rate)
-        return adamw.update(optimizer, clipped, moments, params, rate, mask)
+        return adamw.update(optimizer, clipped, moments, params, rate, mask)[:2]
 
     compiled = jax.jit(update, donate_argnums=(0, 1))
     state = [params, adamw.init(params)]

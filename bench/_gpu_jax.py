@@ -117,7 +117,7 @@ def update_seconds(problem: Problem, layers: int, mesh: Mesh, state: TrainState)
         factor = adamw.clip_factor(adamw.global_norm(gradients), config.max_gradient_norm)
         gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
         rate = jnp.float32(problem.learning_rate)
-        params, moments = adamw.update(config, gradients, state.optimizer, state.params, rate, mask)
+        params, moments, _ = adamw.update(config, gradients, state.optimizer, state.params, rate, mask)
         return TrainState(state.step + 1, params, moments)
 
     call = jax.jit(update, donate_argnums=0)

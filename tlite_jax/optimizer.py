@@ -78,21 +78,8 @@ def update(
     params: Tree,
     learning_rate: jax.Array,
     mask: Tree,
-) -> tuple[Tree, AdamState]:
-    """One step of decoupled AdamW; arguments as for `changes`. Returns new parameters and state."""
-    differences, state = changes(config, gradients, state, params, learning_rate, mask)
-    return jax.tree.map(jnp.subtract, params, differences), state
-
-
-def changes(
-    config: OptimizerConfig,
-    gradients: Tree,
-    state: AdamState,
-    params: Tree,
-    learning_rate: jax.Array,
-    mask: Tree,
-) -> tuple[Tree, AdamState]:
-    """What one step of decoupled AdamW subtracts from parameters.
+) -> tuple[Tree, AdamState, Tree]:
+    """One step of decoupled AdamW.
 
     Args:
       config: betas, eps, decay and the rate it refers to.
@@ -103,13 +90,15 @@ def changes(
       mask: from `decay_mask`.
 
     Returns:
-      The differences and the new state.
+      New parameters and state, and what was subtracted from the parameters.
     """
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
     moves, moments = adam.update(gradients, optax.ScaleByAdamState(state.num_updates, state.mu, state.nu))
     decay = config.weight_decay / (config.weight_decay_reference_lr or config.learning_rate)
 
-    def difference(param: jax.Array, move: jax.Array, decays: bool) -> jax.Array:
+    def change(param: jax.Array, move: jax.Array, decays: bool) -> jax.Array:
         return learning_rate * (move + decay * param if decays and decay else move)
 
-    return jax.tree.map(difference, params, moves, mask), AdamState(moments.count, moments.mu, moments.nu)
+    changes = jax.tree.map(change, params, moves, mask)
+    new_params = jax.tree.map(jnp.subtract, params, changes)
+    return new_params, AdamState(moments.count, moments.mu, moments.nu), changes

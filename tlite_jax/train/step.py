@@ -139,8 +139,9 @@ def make_step(
             factor = adamw.clip_factor(norm, optimizer.max_gradient_norm) / scored
             gradients = jax.tree.map(lambda gradient: gradient * factor, summed)
             learning_rate = schedule(state.step)
-            changes, moments = adamw.changes(optimizer, gradients, state.optimizer, state.params, learning_rate, mask)
-            params = jax.tree.map(jax.numpy.subtract, state.params, changes)
+            params, moments, changes = adamw.update(
+                optimizer, gradients, state.optimizer, state.params, learning_rate, mask
+            )
             # The norm is over all devices, so all choose alike; the choice is part of the update's loops, in place.
             finite = jax.numpy.isfinite(loss) & jax.numpy.isfinite(norm)
             params, moments = jax.tree.map(
