@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.faults import runs
+from tests.faults import report, runs
 from tlite_jax.checkpoint import steps_on_disk
 from tlite_jax.checkpoint.verify import verify_run
 from tlite_jax.telemetry.metrics import read_jsonl
@@ -48,13 +48,13 @@ class Ballast:
         self._path.unlink(missing_ok=True)
 
 
-def can_mount() -> bool:
-    """Whether this process may mount a tmpfs."""
+def why_not() -> str | None:
+    """What this process lacks for mounting a tmpfs, or None."""
     try:
         with tempfile.TemporaryDirectory() as directory, small_disk(Path(directory)):
-            return True
+            return None
     except (OSError, subprocess.CalledProcessError):
-        return False
+        return "mounting a tmpfs needs root"
 
 
 @contextlib.contextmanager
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    if not can_mount():
-        parser.error("this needs to mount a tmpfs: run it as root")
+    if (reason := why_not()) is not None:
+        parser.error(reason)
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="tlite-disk-") as scratch,
@@ -156,6 +156,7 @@ def main() -> None:
             Path(scratch), disk, arguments.count, arguments.seed, lambda line: print(json.dumps(line), flush=True)
         )
     seconds = time.monotonic() - began
+    report.tell(count=arguments.count, note=f"{failures} saves had no room")
     print(f"{arguments.count} runs on a disk that was full at times, {seconds:.0f} s: {failures} saves came to nothing")
     print(
         "and were counted; every run ended with the same bits, all else was saved and intact, nothing was left behind"

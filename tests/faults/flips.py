@@ -19,7 +19,7 @@ import numpy as np
 
 from launch.verify import kind_of
 from tests.bridge.fuzzing import made_gguf, made_hf
-from tests.faults import runs
+from tests.faults import report, runs
 from tlite_jax.errors import UserError
 
 
@@ -123,6 +123,7 @@ def main() -> None:
             done = sweep(artefacts, count, arguments.seed, cut=cut, report=missed.append)
             found = count - len(missed) + before
             words = "truncations" if cut else "flipped bits"
+            report.tell(count=found, note=f"{found} of {count} found")
             print(f"{found} of {count} {words} found, {time.monotonic() - began:.0f} s: {done}")
     print("".join(f"not found: {line}\n" for line in missed), end="")
     raise SystemExit(bool(missed))

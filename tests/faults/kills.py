@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.faults import runs
+from tests.faults import report, runs
 from tlite_jax.checkpoint.seal import PARTIAL
 from tlite_jax.checkpoint.verify import verify_run
 
@@ -220,6 +220,7 @@ def main() -> None:
         Sweep(Path(scratch), arguments.seed, note, local=arguments.local).run(arguments.count, first)
     kills, in_save, in_seal, finished, _ = read_log(arguments.log)
     minutes = (time.monotonic() - began) / 60
+    report.tell(count=kills, note=f"{in_save} in a save, {in_seal} of these in a seal; {finished} runs finished, equal")
     print(f"{kills} kills, {in_save} with a checkpoint half written, {in_seal} of these while it was sealed;")
     print(f"{finished} runs finished, all equal bit for bit; 0 lost; seed {arguments.seed}, {minutes:.0f} minutes for")
     print(f"{kills - first} kills of this sitting")

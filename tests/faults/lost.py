@@ -9,6 +9,7 @@ process, when each of the others ended, and how it said why.
 
 import argparse
 import json
+import math
 import re
 import shutil
 import signal
@@ -25,13 +26,13 @@ import jax
 import numpy as np
 
 from tests import tiny
-from tests.faults import runs
+from tests.faults import report, runs
 from tlite_jax.config_files import save_config
 
 PROCESSES, GONE_SECONDS, START_SECONDS = 3, 15.0, 240.0
 MANY_STEPS = 20_000
 JOIN_SECONDS, STEP_FLOOR = 4.0, 4.0
-STUCK_AT, SLOW_FROM = 14, 3
+STUCK_AT, SLOW_FROM, JUDGED_FROM = 14, 3, 3  # batches; steps after that are what the watchdog knows
 RESTART = 76
 
 Patch = Callable[[], None]
@@ -262,13 +263,27 @@ def suffer(stage: Stage, name: str, chance: np.random.Generator) -> dict[str, An
         if own not in fault.own:
             problems.append(f"the process itself has {own}")
         said = job.said()
+        seen = _seen(stage, said, rank) if name == "stuck" else {}
         if not re.search(fault.says.format(rank=rank), said):
             problems.append(f"nobody says {fault.says.format(rank=rank)!r}")
         assert not problems, f"{name} {rank}: {'; '.join(problems)}\n{said}"
     finally:
         job.end()
     seconds = {number: round(at - (since - job.began), 2) for number, (_, at) in ended.items()}
-    return {"fault": name, "process": rank, "others_ended_after": seconds, "said": why(job, others)}
+    report.tell(name, worst=max(seconds.values()), limit=fault.seconds)
+    return {"fault": name, "process": rank, "others_ended_after": seconds, **seen, "said": why(job, others)}
+
+
+def _seen(stage: Stage, said: str, rank: int) -> dict[str, float]:
+    """When the watchdog has found the stuck process, and 3 times the 99th percentile of its steps with the floor."""
+    steps = [seconds for step, seconds in tiny.metrics(stage.run, "step_seconds").items() if step > JUDGED_FROM]
+    p99, found = (
+        float(np.percentile(steps, 99)),
+        re.search(rf"process {rank} .* has been in data_wait for (.*) s,", said),
+    )
+    after, limit = float(found[1]) if found else math.inf, 3 * p99 + STEP_FLOOR
+    report.tell("stuck, found", worst=after, limit=limit, note=f"3 x p99 of a step ({p99:.2f} s) + {STEP_FLOOR:g} s")
+    return {"found_after": after, "p99_step": round(p99, 3), "found_limit": round(limit, 2)}
 
 
 def why(job: Job, ranks: list[int]) -> dict[int, str]:

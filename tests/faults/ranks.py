@@ -19,7 +19,7 @@ import numpy as np
 import typer
 
 from tests import tiny
-from tests.faults import runs
+from tests.faults import report, runs
 from tlite_jax.config_files import save_config
 
 PROCESSES, GRACE_SECONDS, START_SECONDS = 4, 30.0, 240.0
@@ -123,6 +123,7 @@ def main() -> None:
         for number in range(arguments.count):
             found = preempt(data, Path(scratch), np.random.default_rng([arguments.seed, number]))
             slowest = max(slowest, found["seconds"])
+            report.tell(worst=found["seconds"], limit=GRACE_SECONDS)
             print(json.dumps({"number": number, **found}), flush=True)
     print(
         f"{arguments.count} of {arguments.count} jobs of {PROCESSES} processes saved one step and ended with 75, the "

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from tests import tiny
-from tests.faults import ranks, runs
+from tests.faults import ranks, report, runs
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import save_config
 from tlite_jax.data.buckets import BucketStore
@@ -146,6 +146,7 @@ def main() -> None:
         data = runs.make_data(Path(scratch) / "data")
         for number in range(arguments.count):
             found = try_once(data, Path(scratch), np.random.default_rng([arguments.seed, number]))
+            report.tell()
             print(json.dumps({"number": number, **found}), flush=True)
     print(
         f"{arguments.count} of {arguments.count} jobs of {PROCESSES} processes went back before bad rows, to the bits "

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.faults.disk import Ballast, can_mount, small_disk
+from tests.faults.disk import Ballast, small_disk, why_not
 from tests.faults.test_kills import QUICK
 from tlite_jax.telemetry.metrics import JsonlSink, TensorBoardSink, read_jsonl
 
-needs_root = pytest.mark.skipif(not can_mount(), reason="mounts a tmpfs, which needs root")
+needs_root = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 @needs_root

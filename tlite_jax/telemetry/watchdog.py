@@ -22,6 +22,7 @@ from tlite_jax.config.watchdog import WatchdogConfig
 
 EXIT_RESTART = 76
 POLL_SECONDS = 1.0
+_JUST_AFTER = 0.01  # a limit, so that it has been passed
 _LINGER_SECONDS = 3.0  # all processes have looked at the board by then
 _STDERR = 2  # the descriptor: what sys.stderr has been replaced with may have none
 _BACKSTOP_SECONDS = 120.0  # that the thread may be held up beyond a limit
@@ -149,9 +150,11 @@ class Watchdog:
             faulthandler.unregister(signal.SIGALRM)
 
     def _watch(self) -> None:
-        while not self._closed.wait(POLL_SECONDS):
+        pause = POLL_SECONDS
+        while not self._closed.wait(pause):
             section, since = self._now
             left = max(0.0, since + self._limits.of(section) - self._clock())
+            pause = min(POLL_SECONDS, left + _JUST_AFTER)
             signal.setitimer(signal.ITIMER_REAL, left + _BACKSTOP_SECONDS)
             reason = self.look()
             if reason is not None and not self._closed.is_set():
