@@ -1,6 +1,7 @@
 """Opening a run: what it starts from, what is refused and left unharmed, and how it goes on."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def test_a_finished_run_is_left_as_it_is(own_source: Path) -> None:
     assert (result.step, result.signal) == (6, None)
     changed = {name for name, content in tiny.contents(own_source).items() if before[name] != content}
     assert changed <= {"config.yaml"}  # checkpoint.every, which may change
+
+
+@pytest.mark.parametrize("room", [0, 9, 400])
+def test_a_start_that_is_cut_off_while_it_writes_costs_nothing(room: int, own_source: Path) -> None:
+    asked = tiny.config(own_source, *from_checkpoint(tiny.data() / "imported"))
+    before, limits = tiny.contents(own_source), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # what is written of a file then ends there
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            open_run(asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = tiny.contents(own_source)
+    assert {name: after[name] for name in before} == before
+    assert open_run(asked).start_step == 6
 
 
 @pytest.mark.parametrize("optimizer", ["reset", "carry"])

@@ -49,9 +49,14 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a small JSON file with its own digest: whole, durable, or not at all."""
+    write_text(path, _text(values))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file: whole, durable, or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(_text(values))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

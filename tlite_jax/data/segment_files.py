@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tlite_jax.data.files import read_json, write_json
+from tlite_jax.data.files import read_json, write_json, write_text
 from tlite_jax.data.order import Plan
 from tlite_jax.data.segments import Segment, Timeline
 from tlite_jax.errors import UserError
@@ -42,7 +42,7 @@ def write_timeline(run: Path, timeline: Timeline, rewind: Rewind | None = None) 
     """Writes the plans, then the segments that name them, and a rewind that is under way."""
     (run / "plans").mkdir(parents=True, exist_ok=True)
     for plan in timeline.plans.values():
-        (run / "plans" / f"{plan.hash}.json").write_text(plan.to_json(), encoding="utf-8")
+        write_text(run / "plans" / f"{plan.hash}.json", plan.to_json())
     values = {"segments": [asdict(segment) for segment in timeline.segments]}
     write_json(run / SEGMENTS_FILE, {**values, "rewind": rewind and asdict(rewind)})
 

@@ -21,6 +21,7 @@ from tlite_jax.checkpoint.verify import require_intact
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore
+from tlite_jax.data.files import sync
 from tlite_jax.data.mixture import make_plan
 from tlite_jax.data.order import Plan
 from tlite_jax.data.segment_files import SEGMENTS_FILE, read_segments, read_timeline, timeline_of, write_timeline
@@ -337,11 +338,15 @@ def _claim(config: RunConfig, directory: Path, timeline: Timeline) -> None:
         copy = directory / "tokenizer.partial"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(config.data.tokenizer, copy)
+        for path in copy.rglob("*"):
+            sync(path)
         shutil.rmtree(directory / "tokenizer", ignore_errors=True)  # another one's, or of an interrupted start
         copy.rename(directory / "tokenizer")
     partial = directory / f"{CONFIG_FILE}.partial"
     save_config(config, partial)
+    sync(partial)
     os.replace(partial, directory / CONFIG_FILE)
+    sync(directory)
 
 
 def _same_tokenizer(directory: Path, other: Path) -> bool:
