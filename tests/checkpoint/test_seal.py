@@ -225,7 +225,28 @@ def test_a_save_that_fails_gives_its_room_back_and_the_next_is_a_new_try(
         saving.save(state, meta(2))
         saving.wait()
         assert saving.failures() == []
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+        (tmp_path / "checkpoints" / "1.partial.orbax-checkpoint-tmp" / "later still").mkdir(parents=True)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_second_try_is_not_written_where_the_first_one_may_still_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, directories, state = Full(), [], random_state(tiny.mesh(1, 1))
+
+    def seal(directory: Path, *rest: Any) -> None:
+        directories.append(directory)
+        disk(directory, *rest)
+
+    monkeypatch.setattr(sealing, "seal", seal)
+    with saver(tmp_path, CheckpointConfig()) as saving:
+        for disk.now in (True, False):
+            saving.save(state, meta(1))
+            saving.wait()
+    first, second = directories
+    assert first != second
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_no_save_is_begun_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

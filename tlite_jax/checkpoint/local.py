@@ -131,6 +131,7 @@ class LocalTier:
         needed = int(_ROOM * sum(map(_own_bytes, jax.tree.leaves(state))))
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
+            self._delete_leftovers()  # of a save that failed: Orbax's threads may write on for a while
             self._delete_old()
             free = shutil.disk_usage(self._parts).free
         except OSError as error:

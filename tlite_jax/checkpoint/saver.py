@@ -54,7 +54,7 @@ class Saver:
         self._error: Exception | None = None
         self._failures: list[str] = []
         self.failed_step: int | None = None  # that the last save came to nothing at
-        self._has_leftovers = False
+        self._tries = 0
         self._delete_leftovers()
         self._talk = alone()
         self._checkpointer = orbax_writer.together(self._meet)
@@ -62,6 +62,7 @@ class Saver:
     def save(self, state: TrainState, meta: Meta) -> None:
         """Starts saving; returns when the state's arrays may be donated. What goes wrong is told by `failures`."""
         self.wait()
+        self._tries += 1
         self._talk, self.failed_step = new_talk(f"save {meta.step}", "-save"), None
         try:
             if shortage := self._make_room(state):
@@ -126,9 +127,9 @@ class Saver:
     def close(self) -> None:
         """Waits for the save under way and deletes what need not be kept."""
         self.wait()
-        self._delete_late_leftovers()
-        self._delete_old()
         self._checkpointer.close()
+        self._delete_leftovers()
+        self._delete_old()
         if self._local is not None:
             self._local.close()
 
@@ -149,7 +150,8 @@ class Saver:
         self._talk.meet(topic)
 
     def _partial(self, step: int) -> Path:
-        return self._directory / f"{step}{PARTIAL}"
+        # Not the same for a second try: Orbax's threads may write on for a while after a save has failed.
+        return self._directory / f"{step}.{self._tries}{PARTIAL}"
 
     def _give_up(self, step: int, error: Exception) -> None:
         """Gives back the disk that a failed save holds."""
@@ -157,7 +159,6 @@ class Saver:
             self._checkpointer.close()
         self._checkpointer = orbax_writer.together(self._meet)
         self._delete_leftovers()
-        self._has_leftovers = True
         self._note(step, reason_of(error))
 
     def _note(self, step: int, reason: str) -> None:
@@ -170,7 +171,7 @@ class Saver:
 
         def delete(words: list[str]) -> str:  # all processes are here: none of them is writing
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._delete_late_leftovers()
+            self._delete_leftovers()
             self._delete_old()
             return ""
 
@@ -193,14 +194,8 @@ class Saver:
             if step not in kept and not (every and step % every == 0) and not (directory / PINNED).exists():
                 _delete(directory)
 
-    def _delete_late_leftovers(self) -> None:
-        """Orbax's threads may write on for a moment after their save has failed."""
-        if self._has_leftovers:
-            self._delete_leftovers()
-            self._has_leftovers = False
-
     def _delete_leftovers(self) -> None:
-        """Gives back the disk that half-saved and half-deleted checkpoints of a killed process hold."""
+        """Gives back the disk that half-saved and half-deleted checkpoints hold, of killed processes and of failed saves."""
         if jax.process_index() != 0:
             return
         for pattern in (f"*{_DELETING}", f"*{PARTIAL}", "*.orbax-checkpoint-tmp*"):
