@@ -195,7 +195,7 @@ class Saver:
                 _delete(directory)
 
     def _delete_leftovers(self) -> None:
-        """Gives back the disk that half-saved and half-deleted checkpoints hold, of killed processes and of failed saves."""
+        """Gives back the disk that half-saved and half-deleted checkpoints hold."""
         if jax.process_index() != 0:
             return
         for pattern in (f"*{_DELETING}", f"*{PARTIAL}", "*.orbax-checkpoint-tmp*"):
