@@ -66,6 +66,21 @@ def test_slices_are_numpys_and_only_their_rows_are_read(
     assert sum(num_bytes for _, _, num_bytes in reads) == whole_rows.nbytes
 
 
+def test_the_bytes_of_forgotten_rows_and_no_others_leave_the_page_cache(
+    tmp_path: Path, reads: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({f"layer{number}": layer for number, layer in enumerate(LAYERS)}, tmp_path / "x.safetensors")
+    tensors = safetensors_io.read_file(tmp_path / "x.safetensors")
+    param = StoredParam([tensors[f"layer{number}"] for number in range(3)], np.dtype(np.float32), is_stacked=True)
+    advised: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(stored.os, "posix_fadvise", lambda file, *rest: advised.append(rest))
+    param.forget(slice(3, 6), 1)
+    param[1, 3:6]
+    assert advised == [(*reads[0][1:], stored.os.POSIX_FADV_DONTNEED)]
+    (tmp_path / "x.safetensors").unlink()
+    param.forget(slice(3, 6), 1)  # no error: it is a hint
+
+
 def test_one_tensor_is_a_parameter_without_layers() -> None:
     tensor = StoredTensor((8, 5), "float32", lambda rows: LAYERS[0][rows])
     param = StoredParam([tensor], np.dtype(np.float64), is_stacked=False)

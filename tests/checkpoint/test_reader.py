@@ -12,10 +12,11 @@ import pytest
 from tests import tiny
 from tests.checkpoint.test_checkpoint import MODEL, SPECS, assert_equal, random_state, random_tree, save
 from tests.checkpoint.test_seal import flip
-from tlite_jax.checkpoint import StateReading, find, reader, resume, steps_on_disk
+from tlite_jax.checkpoint import StateReading, find, reader, resume, save_model, steps_on_disk
 from tlite_jax.checkpoint.reader import Reading, Target, read_sharded
 from tlite_jax.checkpoint.resume import newest_intact
 from tlite_jax.checkpoint.seal import check_files, read_manifest
+from tlite_jax.checkpoint.verify import verify_run
 from tlite_jax.errors import UserError
 from tlite_jax.sharding import abstract_params, pad_params
 
@@ -90,6 +91,21 @@ def test_a_state_too_large_for_the_host_is_verified_first(saved: Path, monkeypat
     assert newest_intact(saved, tiny.mesh(1, 1)).reading is None
     monkeypatch.undo()
     assert resume._available_memory() > 1 << 20
+
+
+def test_an_imported_model_is_read_from_its_files_to_its_shards(tmp_path: Path, read_again: list[Path]) -> None:
+    tree = random_tree(6)
+    save_model(tmp_path / "m", tree, MODEL, weights_dtype="float32", origin="there")
+    params = find(tmp_path / "m").path / "params"
+    for shards, straight in ((1, len(jax.tree.leaves(tree))), (2, 0)):
+        read_again.clear()
+        wanted = abstract_params(SPECS, tiny.mesh(1, shards))
+        assert_equal(read_sharded(params, wanted), pad_params(tree, SPECS, shards))
+        assert len({file.parent for file in read_again}) == straight  # a chunk has rows of several shards
+    (file, *_) = params.glob("blocks.gate/1.*")
+    flip(file, 30)
+    (damage,) = verify_run(tmp_path / "m").damages
+    assert damage.file == f"checkpoints/0/params/blocks.gate/{file.name}"
 
 
 @pytest.mark.parametrize("compressed", [True, False])

@@ -20,7 +20,7 @@ from tlite_jax.checkpoint import seal as sealing
 from tlite_jax.checkpoint.peers import Talk
 from tlite_jax.checkpoint.resume import newest_intact
 from tlite_jax.checkpoint.saver import saver
-from tlite_jax.checkpoint.seal import MANIFEST, list_files, seal, share, write_manifest
+from tlite_jax.checkpoint.seal import MANIFEST, hash_files, list_files, seal, share, write_hashed, write_manifest
 from tlite_jax.checkpoint.verify import damages_of, intact_meanwhile, verify_checkpoint, verify_run
 from tlite_jax.config import CheckpointConfig
 from tlite_jax.errors import UserError
@@ -52,6 +52,13 @@ def flip(file: Path, byte: int = 0) -> None:
 
 def step_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / str(step)
+
+
+def test_what_is_written_is_hashed_as_what_is_read(tmp_path: Path) -> None:
+    pieces = [b"", bytes(range(200)), b"x" * 70_000, b""]
+    entry = write_hashed(tmp_path / "file", map(memoryview, pieces))
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert hash_files(tmp_path, ["file"]) == {"file": entry}
 
 
 def test_all_files_are_sealed_and_intact(saved: Path) -> None:
@@ -187,7 +194,7 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one_to_the_same_bits(tmp_p
 
 def test_a_damaged_base_is_refused(tmp_path: Path) -> None:
     base = shutil.copytree(tiny.data() / "imported", tmp_path / "base")
-    file = next(path for path in (base / "checkpoints" / "0" / "params").rglob("d/*"))
+    file = next(path for path in (base / "checkpoints" / "0" / "params").glob("*/0*"))
     flip(file)
     config = tiny.config(tmp_path / "run", *tiny.from_imported(), f"init_from.path={base}")
     with pytest.raises(UserError, match=r"checkpoints/0 is damaged: params/.*; restore it from a copy"):

@@ -18,7 +18,7 @@ import numpy as np
 from tlite_jax.bridge.ahead import in_order, row_slices
 from tlite_jax.bridge.checksums import HashedFile
 from tlite_jax.bridge.files import contained, listed, parse_json, read_json, refuse_pointer, shown
-from tlite_jax.bridge.stored import StoredTensor, read_rows_of
+from tlite_jax.bridge.stored import StoredTensor, forget_rows_of, read_rows_of
 from tlite_jax.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -86,13 +86,12 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     spans, data_begin, size = read_spans(path)
     for problem in layout_problems(spans, size - data_begin):
         raise UserError(f"{path}: {problem.text}")
+    places = {name: (path, data_begin + span.begin, span.shape, span.dtype) for name, span in spans.items()}
     return {
         name: StoredTensor(
-            span.shape,
-            span.dtype.name,
-            partial(read_rows_of, path, data_begin + span.begin, span.shape, span.dtype),
+            spans[name].shape, spans[name].dtype.name, partial(read_rows_of, *place), partial(forget_rows_of, *place)
         )
-        for name, span in spans.items()
+        for name, place in places.items()
     }
 
 

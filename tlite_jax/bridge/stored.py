@@ -1,6 +1,8 @@
 """Tensors that lie in a file, and parameters made of them: sliced as numpy's arrays, read no further."""
 
+import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str  # numpy's or ml_dtypes' name, or the format's own (a quantisation)
     read_rows: Callable[[slice], np.ndarray]
+    forget_rows: Callable[[slice], None] = lambda rows: None
 
     def read(self, rows: slice = ALL_ROWS) -> np.ndarray:
         """Returns rows of it, all by default; a scalar has none and is read whole."""
         return self.read_rows(rows)
+
+    def forget(self, rows: slice) -> None:
+        """Rows that have been read will not be again: what memory the system keeps for them, it may use otherwise."""
+        self.forget_rows(rows)
 
 
 class StoredParam:
@@ -61,6 +68,10 @@ class StoredParam:
         if len(parts) == 1:
             return parts[0][np.newaxis]  # no copy: most slices are of one layer
         return np.stack(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
+
+    def forget(self, rows: slice, layer: int = 0) -> None:
+        """See `StoredTensor`; of one layer where they are stacked."""
+        self._tensors[layer].forget(rows)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         assert copy is not False, "what lies in a file cannot be had without copying it"
@@ -102,13 +113,24 @@ def read_rows_of(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtyp
     Raises:
       UserError: the file cannot be read, or ends before.
     """
+    begin, count, row_bytes = _span(shape, dtype, rows)
+    content = read_bytes(path, offset + begin * row_bytes, count * row_bytes)
+    return content.view(dtype).reshape((count, *shape[1:]) if shape else ())
+
+
+def forget_rows_of(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, rows: slice) -> None:
+    """Takes rows of a tensor, given as for `read_rows_of`, out of the page cache."""
+    begin, count, row_bytes = _span(shape, dtype, rows)
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), offset + begin * row_bytes, count * row_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _span(shape: tuple[int, ...], dtype: np.dtype, rows: slice) -> tuple[int, int, int]:
+    """The first of some rows, how many they are, and the bytes of each."""
     num_rows, *rest = shape or (1,)
     begin, end, step = rows.indices(num_rows)
     assert step == 1, f"step {step}"
-    end = max(begin, end)
-    row_bytes = math.prod(rest) * dtype.itemsize
-    content = read_bytes(path, offset + begin * row_bytes, (end - begin) * row_bytes)
-    return content.view(dtype).reshape((end - begin, *rest) if shape else ())
+    return begin, max(end - begin, 0), math.prod(rest) * dtype.itemsize
 
 
 def read_bytes(path: Path, offset: int, num_bytes: int) -> np.ndarray:

@@ -149,22 +149,13 @@ class _Item:
         self.directory = directory.absolute()
         self._context = tensorstore.Context({"file_io_concurrency": {"limit": _THREADS}})
         try:
-            self._store = tensorstore.KvStore.open(f"file://{self.directory}/", context=self._context).result()
-            self._places = dict(_places(self._store, self.directory))
+            self._places = dict(_places(self.directory, self._context))
         except ValueError as error:
             raise UserError(f"{directory} cannot be opened: {str(error).splitlines()[0]}") from error
 
-    def open(self, name: str) -> Any:
-        """One of its arrays."""
-        kvstore = {"driver": "ocdbt", "base": self._store.spec().to_json(), "path": f"{name}/"}
-        try:
-            return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=self._context).result()
-        except ValueError as error:
-            raise UserError(f"{self.directory}: {name} cannot be opened: {str(error).splitlines()[0]}") from error
-
     def plan(self, name: str, leaf: jax.ShapeDtypeStruct) -> _Array:
         """How an array is read into shards, which are made; nothing is read."""
-        stored, array = self.open(name), _Array(name, leaf)
+        stored, array = open_array(self.directory, name, self._context), _Array(name, leaf)
         for spans, devices in _by_spans(leaf).items():
             shard = _empty(tuple(end - begin for begin, end in spans), leaf.dtype)
             array.shards.append((devices, shard))
@@ -267,8 +258,35 @@ def _by_spans(leaf: jax.ShapeDtypeStruct) -> dict[tuple[Span, ...], list[jax.Dev
     return found
 
 
-def _places(store: Any, directory: Path) -> Iterator[tuple[str, Place]]:
+def _is_ocdbt(directory: Path) -> bool:
+    """Whether an item's arrays lie in an OCDBT store, as those that Orbax writes do, or else a file a chunk."""
+    return (directory / "manifest.ocdbt").exists()
+
+
+def open_array(directory: Path, name: str, context: tensorstore.Context) -> Any:
+    """Opens an array of an item, and reads nothing of it.
+
+    Raises:
+      UserError: it is absent or cannot be opened.
+    """
+    kvstore: Any = f"file://{directory.absolute()}/"
+    if _is_ocdbt(directory):
+        kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{name}/"}
+    else:
+        kvstore += f"{name}/"
+    try:
+        return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=context).result()
+    except ValueError as error:
+        raise UserError(f"{directory}: {name} cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+def _places(directory: Path, context: tensorstore.Context) -> Iterator[tuple[str, Place]]:
     """Where the chunks of an item lie, by key; those that lie in the index itself are left out."""
+    if not _is_ocdbt(directory):
+        for path in directory.glob("*/[0-9]*"):
+            yield f"{path.parent.name}/{path.name}", Place(path, 0, path.stat().st_size)
+        return
+    store = tensorstore.KvStore.open(f"file://{directory}/", context=context).result()
     manifest = tensorstore.ocdbt.dump(store).result()
     nodes = [(manifest["versions"][-1]["root"].get("location"), b"")]
     while nodes:

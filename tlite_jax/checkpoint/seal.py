@@ -6,6 +6,7 @@ means harm it is no signature.
 """
 
 import json
+import os
 import re
 import types
 from collections import deque
@@ -44,6 +45,7 @@ def seal(
     talk: Talk,
     then: Callable[[], None] = lambda: None,
     expected: Mapping[str, Entry] = types.MappingProxyType({}),
+    written: Mapping[str, Entry] = types.MappingProxyType({}),
 ) -> None:
     """Makes a directory durable and verifiable; its manifest is written last.
 
@@ -54,6 +56,7 @@ def seal(
       talk: of the processes that have written it.
       then: called in process 0 when it is sealed, before any process returns.
       expected: what is known of files that this process has copied.
+      written: files of this process that are on the disk and hashed already.
 
     Raises:
       PeerError: another process could not do its part; nothing is sealed then.
@@ -67,21 +70,28 @@ def seal(
         then()
         return ""
 
-    own = hash_files(directory, [name for name in list_files(directory) if (writer_of(name) or 0) == talk.process])
+    names = [name for name in list_files(directory) if (writer_of(name) or 0) == talk.process]
+    own = {**written, **hash_files(directory, [name for name in names if name not in written])}
     for name in own.keys() & expected.keys():
         if own[name] != expected[name]:
             raise OSError(f"{directory / name} is not what it was copied from")
     talk.meet("sealed", json.dumps(own), finish)
 
 
-def publish(partial: Path, final: Path, talk: Talk, expected: Mapping[str, Entry] = types.MappingProxyType({})) -> None:
+def publish(
+    partial: Path,
+    final: Path,
+    talk: Talk,
+    expected: Mapping[str, Entry] = types.MappingProxyType({}),
+    written: Mapping[str, Entry] = types.MappingProxyType({}),
+) -> None:
     """Seals a checkpoint that is written, each process what it has written, and gives it its name."""
 
     def give_name() -> None:
         partial.rename(final)
         sync(final.parent)
 
-    seal(partial, talk, give_name, expected)
+    seal(partial, talk, give_name, expected, written)
 
 
 def writer_of(name: str) -> int | None:
@@ -126,6 +136,24 @@ def hash_files(directory: Path, names: Iterable[str]) -> dict[str, Entry]:
         for outcome in synced:
             outcome.result()
     return dict(zip(names, hashed, strict=True))
+
+
+def write_hashed(path: Path, pieces: Iterable[memoryview]) -> Entry:
+    """Writes a new file, hashing each piece while the processor's cache has it; returns its entry.
+
+    The file is on the disk then, and no more in the page cache: one that grows by all that is written costs more than
+    the writing, where memory has to be found for it.
+    """
+    hasher, size = xxhash.xxh3_128(), 0
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            hasher.update(piece)
+            size += len(piece)
+            while piece:
+                piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return {"bytes": size, "hash": hasher.hexdigest()}
 
 
 def write_manifest(directory: Path, entries: Mapping[str, Entry]) -> None:
