@@ -1,5 +1,6 @@
 """Safetensors: headers that lie, indexes that lead elsewhere, and what we write, read by the library."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from tlite_jax.bridge import checksums
 from tlite_jax.bridge.files import new_directory
 from tlite_jax.bridge.safetensors_io import (
     INDEX_NAME,
@@ -246,3 +248,30 @@ def test_reads_sizes(text: str, size: int) -> None:
 def test_refuses_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match="not a size"):
         parse_size(text)
+
+
+def test_a_hashed_file_is_brought_to_the_disk_meanwhile_and_leaves_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "_FLUSHED", 1000)
+    monkeypatch.setattr(checksums, "_CHUNK", 400)
+    done: list[str] = []
+    monkeypatch.setattr(checksums.os, "fdatasync", lambda file: done.append("disk"))
+    monkeypatch.setattr(checksums.os, "posix_fadvise", lambda *rest: done.append("cache"))
+    content = np.random.default_rng(0).bytes(2900)
+    with checksums.HashedFile(tmp_path / "x") as file:
+        file.write(content[:1700])
+        file.write(np.frombuffer(content[1700:], np.uint8).reshape(2, -1))
+    assert (tmp_path / "x").read_bytes() == content
+    assert file.hexdigest() == hashlib.sha256(content).hexdigest()
+    assert done == ["disk", "cache"] * 2
+
+
+def test_a_hashed_file_that_the_disk_does_not_take_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checksums, "_FLUSHED", 1000)
+    monkeypatch.setattr(checksums.os, "fdatasync", refuse)
+    with pytest.raises(OSError, match="No space left"), checksums.HashedFile(tmp_path / "x") as file:
+        file.write(bytes(1000))

@@ -4,6 +4,7 @@ A Hugging Face directory of ours holds SHA256SUMS; a GGUF file has NAME.gguf.sha
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +21,20 @@ SUMS_NAME, SUFFIX = "SHA256SUMS", ".sha256"
 _MAX_BYTES = 1 << 24
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _CHUNK = 1 << 24
+_FLUSHED = 64 << 20  # bytes that are brought to the disk at once
 
 
 class HashedFile:
-    """A new file that is hashed, by a thread of its own, while it is written."""
+    """A new file that is hashed, and brought to the disk, by threads while it is written.
+
+    What is on the disk leaves the page cache, which needs no room for a model that way.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._pool = ThreadPoolExecutor(1)
+        self._file = path.open("wb", buffering=0)
+        self._pool = ThreadPoolExecutor(2)
         self._digest = hashlib.sha256()
+        self._unflushed, self._flushing = 0, self._pool.submit(lambda: None)
 
     def write(self, content: bytes | np.ndarray) -> None:
         """Appends bytes; an array's as they lie in memory."""
@@ -36,8 +42,18 @@ class HashedFile:
         for begin in range(0, len(view), _CHUNK):
             part = view[begin : begin + _CHUNK]
             hashed = self._pool.submit(self._digest.update, part)
-            self._file.write(part)
+            self._unflushed += len(part)
+            left = part
+            while left:
+                left = left[self._file.write(left) :]
             hashed.result()
+            if self._unflushed >= _FLUSHED:
+                self._flushing.result()
+                self._unflushed, self._flushing = 0, self._pool.submit(self._flush)
+
+    def _flush(self) -> None:
+        os.fdatasync(self._file.fileno())
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def hexdigest(self) -> str:
         """The hash of what was written so far."""
@@ -51,6 +67,8 @@ class HashedFile:
     ) -> None:
         self._pool.shutdown()
         self._file.close()
+        if kind is None:
+            self._flushing.result()
 
 
 def sha256_of(path: Path, report: Callable[[int], None] = lambda size: None) -> str:
