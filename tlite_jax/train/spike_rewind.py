@@ -65,8 +65,9 @@ def _declare(run: Run, first: int, last: int) -> None:
     to = max(0, first - spikes.back)
     skip = to + 1, min(last + spikes.margin, num_steps)
     done = rewind(run.directory, to=to, skip=skip, automatic=True)
+    who = f"step {first} spikes" if first == last else f"steps {first} to {last} spike"
     print(
-        f"steps {first} to {last} spike: going on from step {done.step} without the batches of steps {skip[0]} to "
+        f"{who}: going on from step {done.step} without the batches of steps {skip[0]} to "
         f"{skip[1]} (automatic rewind {count_automatic(run.directory)} of {spikes.max_rewinds}); what was is in "
         f"{done.directory}",
         flush=True,
