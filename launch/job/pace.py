@@ -1,9 +1,9 @@
 """Measures this process's own part of a step, and lets process 0 compare it with the others'.
 
 The training thread reads a clock a few times a step. At every `watchdog.pace_every`-th step it waits for the step
-before, does a unit of work (about 5 ms), and waits for the step: the only step that is not started ahead. What it
-measured goes to process 0 by the coordinator's key-value store, on a thread of its own, which also notices when the
-whole process stands still. Nothing that goes wrong here ends training.
+before, does a unit of work on accelerators (about 5 ms), and waits for the step: the only step that is not started
+ahead. What it measured goes to process 0 by the coordinator's key-value store, on a thread of its own, which also
+notices when the whole process stands still or gets no CPU. Nothing that goes wrong here ends training.
 """
 
 import json
@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from launch.job.delays import ThreadDelay, starved, threads
 from tlite_jax.config import RunConfig, WatchdogConfig
 from tlite_jax.telemetry.line_file import LineFile
 from tlite_jax.telemetry.stragglers import FILE, Finding, Judge, Pace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tlite_jax.train.step import Step
 
 _PULSE_SECONDS, _LATE_SECONDS = 0.02, 0.01
+_MOST = 0.99  # of the time, as far as it is believed
 _GATHER_SECONDS, _ASK_SECONDS = 10.0, 0.2
 _APART = ("checkpoint", "evaluation")  # sections that take part in no step
 
@@ -60,12 +62,12 @@ class PaceWatch:
         self._exchange: queue.SimpleQueue[tuple[int, Pace] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="pace", daemon=True)
         self._unit: UnitOfWork | None = None
+        self._on_cpu = False
         self._previous: Any = None
         self._section, self._since = "other", time.perf_counter()
         self._left: float | None = None
         self._data_wait = self._apart = self._own = 0.0
         self._steps = 0
-        self._stalled, self._stalled_since = 0.0, time.perf_counter()
         self._closed = threading.Event()
 
     def start(self) -> Self:
@@ -93,7 +95,9 @@ class PaceWatch:
         """The step, measured; `start_step` were computed before the first call."""
         import jax
 
+        self._on_cpu = jax.local_devices()[0].platform == "cpu"
         step = start_step
+        delay = ThreadDelay()
 
         def measured(state: Any, batch: Any) -> Any:
             nonlocal step
@@ -106,7 +110,9 @@ class PaceWatch:
                 state, metrics = step_fn(state, batch)
                 self._own += time.perf_counter() - began
                 if self._previous is not None:
+                    already = delay.seconds()
                     jax.block_until_ready(self._previous)  # what the log waits for next, too
+                    self._own += delay.seconds() - already  # no wait for devices
             self._steps += 1
             self._previous, self._left = metrics["loss"], time.perf_counter()
             return state, {**metrics, **self._metrics()}
@@ -121,28 +127,27 @@ class PaceWatch:
         began = time.perf_counter()
         state, metrics = step_fn(state, batch)
         jax.block_until_ready(metrics)
-        now = time.perf_counter()
-        stalled = min(0.9, self._stalled / max(now - self._stalled_since, 1e-9))
-        if self._unit is not None and self._unit.on_cpu:
-            unit /= 1 - stalled  # it is too short to meet most stalls
+        device = time.perf_counter() - began
         steps = max(1, self._steps)
         data_wait = self._data_wait / steps
-        other = max(0.0, self._own - self._apart) / steps - data_wait
-        self._exchange.put((step, Pace(socket.gethostname(), data_wait, max(0.0, other), now - began, unit, stalled)))
-        self._data_wait = self._apart = self._own = self._stalled = 0.0
-        self._steps, self._stalled_since = 0, now
+        other = max(0.0, max(0.0, self._own - self._apart) / steps - data_wait)
+        self._exchange.put((step, Pace(socket.gethostname(), data_wait, other, device, unit, 0.0, 0.0, self._on_cpu)))
+        self._data_wait = self._apart = self._own = 0.0
+        self._steps = 0
         return state, metrics
 
     def _work_alone(self) -> float:
-        """Seconds of a unit of work; 1 where it cannot be done, as on a device that has no memory left."""
+        """Seconds of a unit of work; 0 where it cannot be done, as on a device that has no memory left."""
         from launch.job.unit_of_work import UnitOfWork
 
+        if self._on_cpu:  # what else runs beside it would be most of what is seen
+            return 0.0
         try:
             if self._unit is None:
                 self._unit = UnitOfWork()
             return self._unit.seconds()
         except Exception:
-            return 1.0
+            return 0.0
 
     def _metrics(self) -> dict[str, float]:
         slowest = self._judge.slowest
@@ -152,21 +157,23 @@ class PaceWatch:
 
     def _work(self) -> None:
         first = True  # its interval has the compilation in it
+        pulse, ran = _Pulse(), threads()
         while True:
-            asked = time.perf_counter()
             try:
                 given = self._exchange.get(timeout=_PULSE_SECONDS)
             except queue.Empty:
-                late = time.perf_counter() - asked - _PULSE_SECONDS
-                if late > _LATE_SECONDS:
-                    self._stalled += late + _PULSE_SECONDS / 2  # it began somewhere within the pulse
+                pulse.came()
                 continue
             if given is None:
                 return
+            step, pace = given
+            now = threads()
+            pace = pace._replace(stalled=pulse.stalled(), starved=min(_MOST, starved(ran, now)))
             if not first:
                 with suppress(Exception):
-                    self._compare(*given)
-            first = False
+                    self._compare(step, pace)
+            first, ran = False, now
+            pulse.restart()
 
     def _compare(self, step: int, pace: Pace) -> None:
         self._board.tell_pace(step, self._process, json.dumps(pace))
@@ -187,3 +194,32 @@ class PaceWatch:
         file = LineFile(self._file)
         file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         file.close()
+
+
+class _Pulse:
+    """Of the thread that makes it: it sleeps, and may wake late, because all of the process was stopped."""
+
+    def __init__(self) -> None:
+        self._delay = ThreadDelay()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was."""
+        self._seen = self._stood = 0.0
+        self._sleep()
+
+    def came(self) -> None:
+        """To be called after `_PULSE_SECONDS`."""
+        took = time.perf_counter() - self._asleep
+        late = took - _PULSE_SECONDS - (self._delay.seconds() - self._delayed)  # to have no CPU is counted apart
+        if late > _LATE_SECONDS:
+            self._stood += late + _PULSE_SECONDS / 2  # it began somewhere within the pulse
+        self._seen += took
+        self._sleep()
+
+    def stalled(self) -> float:
+        """The share of the time in which the process stood still."""
+        return min(_MOST, self._stood / self._seen) if self._seen else 0.0
+
+    def _sleep(self) -> None:
+        self._asleep, self._delayed = time.perf_counter(), self._delay.seconds()

@@ -4,6 +4,7 @@ The parent never initialises jax; a child does, opens the run as `launch train` 
 Compiled programs come from jax's cache on disk, which the undisturbed run fills.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from tlite_jax.train.loop import train
 from tlite_jax.train.run import open_run
 
 DEVICES, STEPS, SAVE_EVERY = 2, 16, 2
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def make_data(directory: Path) -> Path:
@@ -92,7 +94,7 @@ def outcome(run: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 class Child:
-    """A forked process that calls a function, its output in a file.
+    """A forked process that calls a function, its output in a file; it ends when this process does, however it ends.
 
     Attributes:
       pid: of the process.
@@ -106,6 +108,8 @@ class Child:
         if self.pid == 0:
             status = 1
             try:
+                ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(file, 1)
                 os.dup2(file, 2)

@@ -1,20 +1,23 @@
 """Jobs of three processes, one of which is slow: it must be named, with the cause, and nobody in a job without one.
 
-    python -m tests.faults.slow data stopped throttled none --seed 1
+    python -m tests.faults.slow data stopped throttled none --seed 1 --load 4
 
 `data`: it waits for each batch, longer than a step takes. `stopped`: SIGSTOP and SIGCONT take turns, 60 ms each.
-`throttled`: a control group gives it a tenth of a core (root, cgroup v2 or v1 with the cpu controller). `none`: 40
-looks without a finding. Faults of `tests.faults.lost` can be named, too: data and programs are prepared once for all.
-`throttled` is tried only where it is named: such a process is found sometimes, and late (docs/reliability.md).
+`throttled`: a control group gives it a tenth of a core; where none can be made (root, the cpu controller of cgroup v2
+or v1) it is stopped nine tenths of the time instead. `none`: 40 looks without a finding. `--load` keeps as many
+processes busy beside the job. Faults of `tests.faults.lost` can be named, too: data and programs are prepared once.
 """
 
 import argparse
 import json
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +26,19 @@ import numpy as np
 
 from tests.faults import lost
 
-EVERY, LOOKS, SECONDS = 5, 40, 180.0
-GROUPS = Path("/sys/fs/cgroup")
+EVERY, LOOKS, SECONDS = 5, 40, 300.0
+GROUPS, GROUP = Path("/sys/fs/cgroup"), "tlite-slow-"
 CAUSES = {"data": "data wait", "stopped": "stood still", "throttled": "", "none": ""}
 
 
 @contextmanager
-def _stopping(job: lost.Job, rank: int) -> Iterator[Callable[[], None]]:
-    """What is called stops the process for a while and lets it go on for as long."""
+def _stopping(job: lost.Job, rank: int, stopped: float = 0.06, running: float = 0.06) -> Iterator[Callable[[], None]]:
+    """What is called stops the process for a while and lets it go on for another."""
 
     def turn() -> None:
-        for number in (signal.SIGSTOP, signal.SIGCONT):
+        for number, seconds in ((signal.SIGSTOP, stopped), (signal.SIGCONT, running)):
             job.ranks[rank].kill(number)
-            time.sleep(0.06)
+            time.sleep(seconds)
 
     yield turn
 
@@ -43,19 +46,42 @@ def _stopping(job: lost.Job, rank: int) -> Iterator[Callable[[], None]]:
 @contextmanager
 def _throttled(job: lost.Job, rank: int) -> Iterator[Callable[[], None]]:
     """The process gets 10 ms of every 100."""
-    version_2 = (GROUPS / "cgroup.controllers").exists()
-    group = (GROUPS if version_2 else GROUPS / "cpu") / f"tlite-{job.ranks[rank].pid}"
-    group.mkdir()
     try:
-        if version_2:
-            (group / "cpu.max").write_text("10000 100000")
-        else:
-            (group / "cpu.cfs_quota_us").write_text("10000")
+        group = _make_group()
+    except OSError:
+        with _stopping(job, rank, 0.09, 0.01) as turn:
+            yield turn
+        return
+    try:
         (group / "cgroup.procs").write_text(str(job.ranks[rank].pid))
         yield partial(time.sleep, 0.05)
     finally:
-        (group.parent / "cgroup.procs").write_text(str(job.ranks[rank].pid))
+        _remove(group)
+
+
+def _make_group() -> Path:
+    """A control group that has a tenth of a core; those that a killed run of this has left are removed."""
+    version_2 = (GROUPS / "cgroup.controllers").exists()
+    parent = GROUPS if version_2 else GROUPS / "cpu"
+    for left in parent.glob(f"{GROUP}*"):
+        if not Path("/proc", left.name.removeprefix(GROUP)).exists():
+            _remove(left)
+    group = parent / f"{GROUP}{os.getpid()}"
+    group.mkdir()
+    try:
+        name, quota = ("cpu.max", "10000 100000") if version_2 else ("cpu.cfs_quota_us", "10000")
+        (group / name).write_text(quota)
+    except OSError:
         group.rmdir()
+        raise
+    return group
+
+
+def _remove(group: Path) -> None:
+    for pid in (group / "cgroup.procs").read_text().split():
+        with suppress(ProcessLookupError):
+            (group.parent / "cgroup.procs").write_text(pid)
+    group.rmdir()
 
 
 @contextmanager
@@ -99,20 +125,35 @@ def look(stage: lost.Stage, name: str, chance: np.random.Generator) -> dict[str,
         job.end()
 
 
+@contextmanager
+def _load(count: int) -> Iterator[None]:
+    """As many processes that compute, and end when this one does."""
+    busy = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
+    others = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def main() -> None:
     """Looks at jobs."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # a time limit; what was begun is ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "kinds",
         nargs="*",
-        default=[name for name in ACTS if name != "throttled"],
+        default=list(ACTS),
         metavar="KIND",
         help=", ".join([*ACTS, *lost.FAULTS]),
     )
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--load", type=int, default=0, help="processes that compute beside each job")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="tlite-slow-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tlite-slow-") as scratch, _load(arguments.load):
         stage = lost.Stage(Path(scratch))
         for number in range(arguments.count):
             for name in arguments.kinds:

@@ -7,7 +7,7 @@ import pytest
 
 from tlite_jax.telemetry.stragglers import WINDOW, Finding, Judge, Pace
 
-HEALTHY = Pace("n0", data_wait=0.01, other=0.02, device=2.0, unit=0.010, stalled=0.0)
+HEALTHY = Pace("n0", 0.01, 0.02, device=2.0, unit=0.010, stalled=0.0, starved=0.0, on_cpu=False)
 
 
 def job(size: int, changed: dict[int, Pace], noise: float = 0.0, seed: int = 0) -> dict[int, Pace]:
@@ -18,7 +18,7 @@ def job(size: int, changed: dict[int, Pace], noise: float = 0.0, seed: int = 0) 
         pace = changed.get(number, HEALTHY)._replace(host=f"n{number}")
         numbers = {
             field: value * float(np.exp(noise * chance.normal()))
-            for field, value in zip(pace._fields[1:], pace[1:], strict=True)
+            for field, value in zip(pace._fields[1:-1], pace[1:-1], strict=True)
         }
         paces[number] = pace._replace(**numbers)
     return paces
@@ -111,3 +111,28 @@ def test_one_that_is_told_to_keep_up_again_is_well_below_the_limit() -> None:
     assert intervals(2.6) == [True]  # 1.3 times the others'
     assert intervals(2.3) == []  # 1.15: it would be told again and again
     assert intervals(2.1) == [False]
+
+
+def test_a_cpu_that_is_taken_away_from_one_process_is_found() -> None:
+    throttled = HEALTHY._replace(on_cpu=True, starved=0.9)
+    (found,) = judged(3, dict.fromkeys(range(3), HEALTHY._replace(on_cpu=True)) | {2: throttled})
+    assert (found.process, found.ratio) == (2, pytest.approx(10))
+    assert "its threads wait 90% of the time in which they could run for a CPU" in found.text()
+
+
+def test_where_cpus_are_short_for_all_small_differences_name_nobody() -> None:
+    short = {number: HEALTHY._replace(on_cpu=True, starved=share) for number, share in enumerate((0.55, 0.45, 0.4))}
+    assert not judged(3, short)
+    (found,) = judged(3, short | {1: HEALTHY._replace(on_cpu=True, starved=0.95)})
+    assert found.process == 1
+
+
+def test_a_process_that_stands_still_half_of_the_time_has_slow_cpus_and_not_slow_accelerators() -> None:
+    still = dict.fromkeys(range(3), HEALTHY) | {2: HEALTHY._replace(stalled=0.5, starved=0.9)}
+    assert not judged(3, still)
+    (found,) = judged(3, {number: pace._replace(on_cpu=True, starved=0.0) for number, pace in still.items()})
+    assert (found.process, found.ratio) == (2, pytest.approx(2))
+
+
+def test_one_whose_devices_could_not_be_measured_is_not_named() -> None:
+    assert not judged(3, {1: HEALTHY._replace(unit=0.0)})

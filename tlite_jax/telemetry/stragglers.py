@@ -7,7 +7,8 @@ what is its own, and the pace that it would have alone is worked out from that:
 
 The host's own time is waiting for data and everything else that the training thread does but waiting for devices. The
 device time of a step is the least that any process saw between starting it and its end: the last one to start it waits
-for nobody. How slow devices are is measured by a computation that takes part in no collective. A process is a
+for nobody. How slow accelerators are is measured by a computation that takes part in no collective. Devices that are
+CPUs are slow while their process stands still, and when it gets less of a CPU than the others do. A process is a
 straggler when its pace is that much worse than the median of the others', in most of the last intervals, and by more
 than the others' noise.
 """
@@ -30,8 +31,10 @@ class Pace(NamedTuple):
       host: the machine's name.
       data_wait, other: of the host's own time, a step.
       device: from starting a step, nothing else under way, to its end.
-      unit: that a fixed computation took on its devices alone.
+      unit: that a fixed computation took on its devices alone; 0: not known.
       stalled: share of the time in which the whole process stood still.
+      starved: share of the time for which its busy threads wanted a CPU in which they had none.
+      on_cpu: whether its devices are CPUs.
     """
 
     host: str
@@ -40,6 +43,8 @@ class Pace(NamedTuple):
     device: float
     unit: float
     stalled: float
+    starved: float
+    on_cpu: bool
 
 
 class Finding(NamedTuple):
@@ -48,7 +53,7 @@ class Finding(NamedTuple):
     Attributes:
       ratio: its time for a step over the median of the others'; medians over the window, as all numbers here.
       data_wait, other: shares of its time for a step.
-      device_ratio: its `unit` over the median of the others'.
+      device_ratio: how slow its devices are, over the median of the others'.
     """
 
     process: int
@@ -59,6 +64,7 @@ class Finding(NamedTuple):
     other: float
     device_ratio: float
     stalled: float
+    starved: float
 
     def text(self) -> str:
         """One line for people."""
@@ -70,7 +76,9 @@ class Finding(NamedTuple):
         if self.data_wait + self.other < 0.99:
             causes.insert(0, f"its devices take {self.device_ratio:.1f} times as long for the same work")
         if self.stalled >= 0.1:
-            causes.append(f"it stood still {self.stalled:.0%} of the time (stopped, throttled, or no CPU left for it)")
+            causes.append(f"it stood still {self.stalled:.0%} of the time")
+        if self.starved >= 0.5:
+            causes.append(f"its threads wait {self.starved:.0%} of the time in which they could run for a CPU")
         return f"{name} is {self.ratio:.1f} times slower than the median of the others: {', '.join(causes)}"
 
 
@@ -108,7 +116,7 @@ class Judge:
 
     def _over_window(self, process: int) -> Finding:
         ones = [interval[process] for interval in self._intervals]
-        parts = ("ratio", "data_wait", "other", "device_ratio", "stalled")
+        parts = ("ratio", "data_wait", "other", "device_ratio", "stalled", "starved")
         return ones[-1]._replace(**{part: median(getattr(one, part) for one in ones) for part in parts})
 
     def _is_slow(self, process: int, ratio: float) -> bool:
@@ -128,9 +136,10 @@ class Judge:
 def compare(paces: Mapping[int, Pace]) -> dict[int, Finding]:
     """One interval: each process against the median of the others."""
     step = min(pace.device for pace in paces.values())
-    slowest_unit = max(pace.unit for pace in paces.values())
+    slowness = {process: _slowness(process, paces) for process in paces}
+    slowest = max(slowness.values())
     alone = {
-        process: max(pace.data_wait + pace.other, step * pace.unit / slowest_unit) for process, pace in paces.items()
+        process: max(pace.data_wait + pace.other, step * slowness[process] / slowest) for process, pace in paces.items()
     }
     result = {}
     for process, pace in paces.items():
@@ -142,10 +151,22 @@ def compare(paces: Mapping[int, Pace]) -> dict[int, Finding]:
             _ratio(alone[process], [alone[number] for number in others]),
             pace.data_wait / alone[process] if alone[process] else 0.0,
             pace.other / alone[process] if alone[process] else 0.0,
-            _ratio(pace.unit, [paces[number].unit for number in others]),
+            _ratio(slowness[process], [slowness[number] for number in others]),
             pace.stalled,
+            pace.starved,
         )
     return result
+
+
+def _slowness(process: int, paces: Mapping[int, Pace]) -> float:
+    """Of a process's devices: proportional to the time that they take for the same work."""
+    pace = paces[process]
+    unit = pace.unit or median([other.unit for other in paces.values() if other.unit] or [1.0])
+    if not pace.on_cpu:
+        return unit
+    # Where CPUs are short for all, chance decides who gets less: that counts as much less.
+    usual = median([other.starved for number, other in paces.items() if number != process] or [pace.starved])
+    return unit / (1 - pace.stalled) * max(1.0, (1 - usual) ** 1.5 / (1 - pace.starved))
 
 
 def _ratio(value: float, others: Sequence[float]) -> float:
