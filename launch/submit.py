@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -25,6 +26,7 @@ Words = list[str] | None
 
 
 def main(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="The run, as YAML.")],
     overrides: Annotated[Words, typer.Argument(help="section.field=value ...")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
@@ -74,12 +76,15 @@ def main(
 
     run = load_config(config, overrides or ())
     cluster = _cluster(cluster, dry_run)
+    _check_options(context, cluster)
     variables = make_environment(gpus_per_node, hardware, env or ())
     processes = Processes(nodes, processes_per_node, gpus_per_node, hardware, variables)
     _check_devices(run, processes)
     if cluster == "slurm":
         if container not in (None, "pyxis", "apptainer") or (container is None) != (image is None):
             raise UserError("give --container pyxis or apptainer together with --image, or neither")
+        if mount and container is None:
+            raise UserError("--mount is of a container, and there is none; give --container and --image, too")
         options = slurm_parts.Slurm(
             partition=partition,
             account=account,
@@ -174,9 +179,13 @@ class _SlurmJob(_Job):
     python: str | None
 
     def text(self) -> str:
-        name = self.given_name or re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(self.run.output.parts[-2:])).strip("-.")
-        checked("--name", name, r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", "a name of letters, digits, _ . -")
-        python = self.python or ("python" if self.slurm.container else sys.executable)
+        name = self.given_name
+        if name is None:
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(self.run.output.parts[-2:])).strip("-.")
+        checked("--name", name, r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", "at most 64 letters, digits, _ . -")
+        python = self.python
+        if python is None:
+            python = "python" if self.slurm.container else sys.executable
         place = slurm_parts.Place(self.directory, Path.cwd(), _repository(), python)
         return slurm_parts.script(name, self.processes, self.slurm, place)
 
@@ -225,7 +234,8 @@ class _KubernetesJob(_Job):
         if self.run.init_from is not None:
             paths["init_from.path"] = self.run.init_from.path
         for field, path in paths.items():
-            if path.is_absolute() and not path.is_relative_to(self.kubernetes.mount_path):
+            there = os.path.normpath(Path(self.kubernetes.mount_path) / path)
+            if not Path(there).is_relative_to(self.kubernetes.mount_path):
                 raise UserError(
                     f"{field} {path} is not below --mount-path {self.kubernetes.mount_path}, where pods have the volume"
                 )
@@ -243,12 +253,29 @@ def _cluster(given: str | None, dry_run: bool) -> str:
     raise UserError("neither sbatch nor kubectl is on this machine; run this where one is, or pass --dry-run")
 
 
+def _check_options(context: typer.Context, cluster: str) -> None:
+    """Refuses what was given for the other kind of cluster, as the beginning of its help says."""
+    other = "Kubernetes:" if cluster == "slurm" else "Slurm"
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if (
+            source is not None
+            and source.name == "COMMANDLINE"
+            and (getattr(parameter, "help", "") or "").startswith(other)
+        ):
+            raise UserError(
+                f"{parameter.opts[0]} is for {other.rstrip(':')} only, and this goes to {cluster}; leave it out"
+            )
+
+
 def _check_devices(run: "RunConfig", processes: Processes) -> None:
     from launch.job.mesh_fit import check_world
     from tlite_jax.plan.search import check_batch
+    from tlite_jax.plan.topology import load_hardware
 
     if not processes.gpus_per_node:
         return
+    load_hardware(processes.hardware, HARDWARE)  # without a plan, too: the environment depends on it
     if processes.gpus_per_node % processes.per_node:
         raise UserError(
             f"--processes-per-node {processes.per_node} cannot share {processes.gpus_per_node} GPUs evenly; use 1"

@@ -14,7 +14,10 @@ from tlite_jax.errors import UserError
 
 _LABEL, _LABEL_SAID = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", "a DNS label of at most 40 characters"
 _QUANTITY, _QUANTITY_SAID = r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?", "a quantity such as 64Gi"
+_SIZE = r"[1-9][0-9]*(\.[0-9]+)?(k|Ki|M|Mi|G|Gi|T|Ti)?"
 _KEY = r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?"
+
+_TAKEN = ("/etc", "/etc/tlite", "/dev", "/dev/shm", "/proc", "/sys")  # where a pod or jobset.yaml has something
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,14 @@ _Dumper.add_representer(
 
 def _values(name: str, labels: dict[str, str], processes: Processes, kubernetes: Kubernetes) -> dict[str, Any]:
     resources = dict(_pair("--resource", word, _QUANTITY, _QUANTITY_SAID) for word in kubernetes.resources)
+    if kubernetes.gpu_resource in resources:
+        raise UserError(f"--resource {kubernetes.gpu_resource}: --gpus-per-node says how many")
     gpus = {kubernetes.gpu_resource: str(processes.gpus_per_node)} if processes.gpus_per_node else {}
     world = {"JOBSET_NAME": name, "REPLICATED_JOB_NAME": "train", "NUM_PROCESSES": str(processes.nodes)}
-    variables = {**{variable.name: variable.value for variable in processes.variables}, **world}
+    variables = {variable.name: variable.value for variable in processes.variables}
+    if own := sorted({*world} & {*variables}):
+        raise UserError(f"--env {own[0]}: the manifest sets this itself; leave it out")
+    variables |= world
     selector = dict(_pair("--node-selector", word, r"[A-Za-z0-9_.-]*", "a label") for word in kubernetes.node_selector)
     return {
         "name": name,
@@ -169,15 +177,17 @@ def _check(name: str, kubernetes: Kubernetes) -> None:
     checked("--name", name, _LABEL, _LABEL_SAID)
     checked("--namespace", kubernetes.namespace, _LABEL, _LABEL_SAID)
     checked("--volume-claim", kubernetes.volume_claim, r"[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?", "a claim's name")
-    checked("--mount-path", kubernetes.mount_path, r"/[^:\x00-\x1f]+", "an absolute path")
+    checked("--mount-path", kubernetes.mount_path, r"/[^:\x00-\x1f]+", "an absolute path below /")
+    if kubernetes.mount_path in _TAKEN:
+        raise UserError(f"--mount-path {kubernetes.mount_path}: the pod has something else there; choose such as /data")
     checked("--image", kubernetes.image, r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", "a container image")
     checked("--gpu-resource", kubernetes.gpu_resource, _KEY, "a resource such as nvidia.com/gpu")
-    checked("--shared-memory", kubernetes.shared_memory, _QUANTITY, _QUANTITY_SAID)
+    checked("--shared-memory", kubernetes.shared_memory, _SIZE, _QUANTITY_SAID)
     for option, value in (("--queue", kubernetes.queue), ("--storage-class", kubernetes.storage_class)):
         if value is not None:
             checked(option, value, r"[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?", "a name")
     if kubernetes.volume_size is not None:
-        checked("--volume-size", kubernetes.volume_size, _QUANTITY, _QUANTITY_SAID)
+        checked("--volume-size", kubernetes.volume_size, _SIZE, _QUANTITY_SAID)
 
 
 def _pair(option: str, word: str, pattern: str, what: str) -> tuple[str, str]:

@@ -14,7 +14,26 @@ from tlite_jax.errors import UserError
 
 _WORD, _WORD_SAID = r"[A-Za-z0-9_][A-Za-z0-9_.,:@+-]*", "a plain name"
 # minutes, minutes:seconds, hours:minutes:seconds, and days-hours of each, as sbatch takes them
-_TIME = r"(?:\d+-)?\d+(?::\d+){0,2}"
+_TIME = r"(?:[0-9]{1,5}-)?[0-9]{1,9}(?::[0-9]{1,9}){0,2}"
+# Options of sbatch that the script has already, and those of `submit` that say otherwise.
+_OWN = {
+    "nodes": "--nodes",
+    "ntasks-per-node": "--processes-per-node",
+    "gpus-per-node": "--gpus-per-node",
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+    "time": "--time",
+    "job-name": "--name",
+    "signal": "--grace",
+    "output": "--jobs-directory",
+    "requeue": "--restart-limit",
+    "no-requeue": "--restart-limit 0",
+    "ntasks": None,
+    "open-mode": None,
+    "array": None,
+    "wrap": None,
+}
 WAIT_SECONDS = 300  # after the first process ends, until Slurm ends the others: they may still be saving
 
 
@@ -76,6 +95,9 @@ def script(name: str, processes: Processes, slurm: Slurm, place: Place) -> str:
     Raises:
       UserError: a value that Slurm or a #SBATCH line cannot take.
     """
+    for option, value in (("--python", place.python), ("--image", slurm.image)):
+        if value is not None:
+            checked(option, value, r"[^\x00-\x1f\x7f]+", "one line, not empty")
     template = (TEMPLATES / "job.sh").read_text(encoding="utf-8")
     chain = ""
     if slurm.chain > 1:
@@ -152,8 +174,16 @@ def _sbatch(name: str, processes: Processes, slurm: Slurm, place: Place) -> list
         "--open-mode=append",
         f'--output="{logs.removesuffix("%%j.log")}%j.log"',
     ]
-    option, said = r"--[a-z][a-z-]*(=[^\"'\\\x00-\x1f\x7f]+)?", "--name or --name=value, without quotes"
-    return lines + [checked("--sbatch", extra, option, said) for extra in slurm.extra]
+    return lines + [_further(option) for option in slurm.extra]
+
+
+def _further(option: str) -> str:
+    checked("--sbatch", option, r"--[a-z][a-z-]*(=[^\"'\\\x00-\x1f\x7f]+)?", "--name or --name=value, without quotes")
+    name = option.removeprefix("--").partition("=")[0]
+    if name in _OWN:
+        mend = f"give {_OWN[name]} instead" if _OWN[name] else "leave it out"
+        raise UserError(f"--sbatch={option} contradicts the script; {mend}")
+    return option
 
 
 def _exports(processes: Processes, place: Place) -> list[str]:

@@ -3,9 +3,10 @@
     python -m tests.faults.slow data stopped throttled none --seed 1 --load 4
 
 `data`: it waits for each batch, longer than a step takes. `stopped`: SIGSTOP and SIGCONT take turns, 60 ms each.
-`throttled`: a control group gives it a tenth of a core; where none can be made (root, the cpu controller of cgroup v2
-or v1) it is stopped nine tenths of the time instead. `none`: 40 looks without a finding. `--load` keeps as many
-processes busy beside the job. Faults of `tests.faults.lost` can be named, too: data and programs are prepared once.
+`throttled`: a control group gives it a fifth of the CPU time that it had; where none can be made (root, the cpu
+controller of cgroup v2 or v1) it is stopped most of the time instead. `none`: 40 looks without a finding. `--load`
+keeps as many processes busy beside the job. Faults of `tests.faults.lost` can be named, too: data and programs are
+prepared once.
 """
 
 import argparse
@@ -26,7 +27,8 @@ import numpy as np
 
 from tests.faults import lost
 
-EVERY, LOOKS, SECONDS = 5, 40, 300.0
+EVERY, LOOKS, SECONDS = 5, 40, 900.0
+MEASURED, PERIOD = 2.0, 0.2  # seconds: how long a process is looked at, and in which its CPU time is limited
 GROUPS, GROUP = Path("/sys/fs/cgroup"), "tlite-slow-"
 CAUSES = {"data": "data wait", "stopped": "stood still", "throttled": "", "none": ""}
 
@@ -45,22 +47,31 @@ def _stopping(job: lost.Job, rank: int, stopped: float = 0.06, running: float = 
 
 @contextmanager
 def _throttled(job: lost.Job, rank: int) -> Iterator[Callable[[], None]]:
-    """The process gets 10 ms of every 100."""
+    """The process gets a fifth of what it has had, however busy the machine is."""
+    pid = job.ranks[rank].pid
+    before = _cpu_seconds(pid)
+    time.sleep(MEASURED)
+    share = (_cpu_seconds(pid) - before) / MEASURED / 5
     try:
-        group = _make_group()
+        group = _make_group(share)
     except OSError:
-        with _stopping(job, rank, 0.09, 0.01) as turn:
+        with _stopping(job, rank, PERIOD * (1 - share), PERIOD * share) as turn:
             yield turn
         return
     try:
-        (group / "cgroup.procs").write_text(str(job.ranks[rank].pid))
+        (group / "cgroup.procs").write_text(str(pid))
         yield partial(time.sleep, 0.05)
     finally:
         _remove(group)
 
 
-def _make_group() -> Path:
-    """A control group that has a tenth of a core; those that a killed run of this has left are removed."""
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _make_group(share: float) -> Path:
+    """A control group that has this much of a core; those that a killed run of this has left are removed."""
     version_2 = (GROUPS / "cgroup.controllers").exists()
     parent = GROUPS if version_2 else GROUPS / "cpu"
     for left in parent.glob(f"{GROUP}*"):
@@ -68,9 +79,12 @@ def _make_group() -> Path:
             _remove(left)
     group = parent / f"{GROUP}{os.getpid()}"
     group.mkdir()
+    period = int(PERIOD * 1e6)
+    quota = max(1000, int(share * period))  # Linux gives no less
+    files = {"cpu.max": f"{quota} {period}"} if version_2 else {"cpu.cfs_period_us": period, "cpu.cfs_quota_us": quota}
     try:
-        name, quota = ("cpu.max", "10000 100000") if version_2 else ("cpu.cfs_quota_us", "10000")
-        (group / name).write_text(quota)
+        for name, value in files.items():
+            (group / name).write_text(str(value))
     except OSError:
         group.rmdir()
         raise
@@ -104,7 +118,7 @@ def look(stage: lost.Stage, name: str, chance: np.random.Generator) -> dict[str,
     file = stage.run / "stragglers.jsonl"
     last = LOOKS * EVERY if name == "none" else None
     try:
-        job.wait_for(lambda: stage.has_trained(1))
+        job.wait_for(lambda: stage.has_trained(EVERY))
         began = time.monotonic()
         with ACTS[name](job, rank) as turn:
 

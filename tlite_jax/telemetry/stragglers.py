@@ -21,6 +21,7 @@ from typing import NamedTuple
 FILE = "stragglers.jsonl"  # of a run: a line for each finding
 WINDOW = 8  # intervals that are looked at
 _ENOUGH = 4  # from which they say something
+_SHORT_FOR_ALL = 1.3
 _NOISE = 5 * 1.4826  # median absolute deviations of the others; 1.4826 of them are a standard deviation
 
 
@@ -166,7 +167,7 @@ def _slowness(process: int, paces: Mapping[int, Pace]) -> float:
         return unit
     # Where CPUs are short for all, chance decides who gets less: that counts as much less.
     usual = median([other.starved for number, other in paces.items() if number != process] or [pace.starved])
-    return unit / (1 - pace.stalled) * max(1.0, (1 - usual) ** 1.5 / (1 - pace.starved))
+    return unit / (1 - pace.stalled) * max(1.0, (1 - usual) ** _SHORT_FOR_ALL / (1 - pace.starved))
 
 
 def _ratio(value: float, others: Sequence[float]) -> float:
