@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 _THREADS = Path("/proc/self/task")
-# Threads that sleep most of the time are delayed by others in other ways than those that compute.
-_BUSY = 0.2
 
 
 class Ran(NamedTuple):
@@ -47,18 +45,14 @@ def threads() -> dict[int, Ran]:
     return found
 
 
-def starved(before: Mapping[int, Ran], after: Mapping[int, Ran]) -> float:
-    """The share of the time for which busy threads wanted a CPU in which they had none, between two `threads`."""
+def busiest(before: Mapping[int, Ran], after: Mapping[int, Ran]) -> Ran:
+    """What the thread that wanted a CPU for longest did between two `threads`."""
     never = Ran(0.0, 0.0)
-    new = [
+    spent = (
         Ran(now.running - before.get(one, never).running, now.delayed - before.get(one, never).delayed)
         for one, now in after.items()
-    ]
-    busiest = max((ran.running for ran in new), default=0.0)
-    busy = [ran for ran in new if ran.running >= _BUSY * busiest]
-    delayed = sum(ran.delayed for ran in busy)
-    wanted = delayed + sum(ran.running for ran in busy)
-    return delayed / wanted if wanted else 0.0
+    )
+    return max(spent, key=sum, default=never)
 
 
 def _parsed(text: bytes) -> Ran:

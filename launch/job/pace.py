@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from launch.job.delays import ThreadDelay, starved, threads
+from launch.job.delays import ThreadDelay, busiest, threads
 from tlite_jax.config import RunConfig, WatchdogConfig
 from tlite_jax.telemetry.line_file import LineFile
 from tlite_jax.telemetry.stragglers import FILE, Finding, Judge, Pace
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from tlite_jax.train.step import Step
 
 _PULSE_SECONDS, _LATE_SECONDS = 0.02, 0.01
-_MOST = 0.99  # of the time, as far as it is believed
 _GATHER_SECONDS, _ASK_SECONDS = 10.0, 0.2
 _APART = ("checkpoint", "evaluation")  # sections that take part in no step
 
@@ -131,7 +130,8 @@ class PaceWatch:
         steps = max(1, self._steps)
         data_wait = self._data_wait / steps
         other = max(0.0, max(0.0, self._own - self._apart) / steps - data_wait)
-        self._exchange.put((step, Pace(socket.gethostname(), data_wait, other, device, unit, 0.0, 0.0, self._on_cpu)))
+        on_cpu = self._on_cpu
+        self._exchange.put((step, Pace(socket.gethostname(), data_wait, other, device, unit, on_cpu, 0.0, 0.0, 0.0)))
         self._data_wait = self._apart = self._own = 0.0
         self._steps = 0
         return state, metrics
@@ -157,7 +157,7 @@ class PaceWatch:
 
     def _work(self) -> None:
         first = True  # its interval has the compilation in it
-        pulse, ran = _Pulse(), threads()
+        pulse, ran, since = _Pulse(), threads(), time.perf_counter()
         while True:
             try:
                 given = self._exchange.get(timeout=_PULSE_SECONDS)
@@ -167,12 +167,13 @@ class PaceWatch:
             if given is None:
                 return
             step, pace = given
-            now = threads()
-            pace = pace._replace(stalled=pulse.stalled(), starved=min(_MOST, starved(ran, now)))
+            now, moment = threads(), time.perf_counter()
+            running, delayed = (spent / (moment - since) for spent in busiest(ran, now))
+            pace = pace._replace(stalled=pulse.stalled(), running=running, delayed=delayed)
             if not first:
                 with suppress(Exception):
                     self._compare(step, pace)
-            first, ran = False, now
+            first, ran, since = False, now, moment
             pulse.restart()
 
     def _compare(self, step: int, pace: Pace) -> None:
@@ -219,7 +220,7 @@ class _Pulse:
 
     def stalled(self) -> float:
         """The share of the time in which the process stood still."""
-        return min(_MOST, self._stood / self._seen) if self._seen else 0.0
+        return min(1.0, self._stood / self._seen) if self._seen else 0.0
 
     def _sleep(self) -> None:
         self._asleep, self._delayed = time.perf_counter(), self._delay.seconds()

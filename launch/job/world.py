@@ -15,6 +15,7 @@ from tlite_jax.errors import UserError
 Environment = Mapping[str, str]
 FIRST_PORT, NUM_PORTS = 61440, 4096  # above Linux's ephemeral ports, so that no client's socket holds one
 KUBERNETES_PORT = 3389
+_ADDRESS = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]):[0-9]{1,9}"
 NUM_PODS = ("NUM_PROCESSES", "JAX_PROCESS_COUNT", "WORLD_SIZE")  # any of them, in a manifest
 TORCH = ("MASTER_ADDR", "WORLD_SIZE", "RANK")
 
@@ -40,14 +41,17 @@ class World:
     gpus_on_machine: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_processes < 1 or self.num_local < 1:
+            counts = f"{self.num_processes} processes, {self.num_local} of them on this machine"
+            raise UserError(f"{self.found_by}: a job of {counts}, cannot be; both are at least 1")
         if not 0 <= self.process_id < self.num_processes:
             raise UserError(f"{self.found_by}: process {self.process_id} is not one of 0..{self.num_processes - 1}")
         if not 0 <= self.local_id < self.num_local:
             raise UserError(
                 f"{self.found_by}: process {self.local_id} of this machine is not one of 0..{self.num_local - 1}"
             )
-        host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        port = self.coordinator.rpartition(":")[2]
+        if not re.fullmatch(_ADDRESS, self.coordinator) or not 0 < int(port) < 65536:
             raise UserError(f"{self.found_by}: coordinator {self.coordinator!r} is not of the form host:port")
 
 
@@ -68,9 +72,16 @@ def find_world(environment: Environment, full_hostname: Callable[[], str]) -> Wo
         world = find(environment)
         if world is not None:
             return world if world.num_processes > 1 else None
+    here = [name for name in TORCH if environment.get(name)]
     missing = [name for name in TORCH if not environment.get(name)]
-    if "RANK" not in missing and missing and environment.get("WORLD_SIZE") != "1":
-        raise UserError(f"RANK is set, as torchrun does, but {' and '.join(missing)} not; set it, or unset RANK")
+    if ("RANK" in here or len(here) > 1) and environment.get("WORLD_SIZE") != "1":
+        raise UserError(
+            f"{' and '.join(here)} set, as torchrun does, but {' and '.join(missing)} not: set all, or unset all"
+        )
+    if environment.get("OMPI_COMM_WORLD_RANK"):
+        raise UserError(
+            "OMPI_COMM_WORLD_RANK is set, as Open MPI does, but OMPI_COMM_WORLD_SIZE not: set it, or unset it"
+        )
     return None
 
 
@@ -85,6 +96,8 @@ def given_world(coordinator: str | None, num_processes: int | None, process_id: 
         return None
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError("give --coordinator, --num-processes and --process-id together, or none of them")
+    if num_processes < 1:
+        raise UserError(f"--num-processes {num_processes} is less than 1")
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process-id {process_id} is not one of 0..{num_processes - 1}")
     return World(coordinator, num_processes, process_id, 1, 0, "--coordinator")
@@ -200,13 +213,15 @@ def _slurm(environment: Environment) -> World | None:
 
 def _tasks_here(environment: Environment, node: int, size: int, local_id: int) -> int:
     """The step's tasks on this node, from `2(x3),1`: nodes 0 to 2 have two, node 3 has one."""
-    counts: list[int] = []
+    nodes = total = 0
+    here = None
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found:
-            counts += [int(found[1])] * int(found[2] or 1)
-    if sum(counts) == size and node < len(counts):
-        return counts[node]
+        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            tasks, times = int(found[1]), int(found[2] or 1)
+            here = tasks if nodes <= node < nodes + times else here
+            nodes, total = nodes + times, total + tasks * times
+    if total == size and here is not None:
+        return here
     return local_id + 1  # an srun that does not say: at least these
 
 

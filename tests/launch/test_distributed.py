@@ -90,6 +90,16 @@ def test_the_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
+def test_numbers_of_slurm_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="Slurm: a job of 0 processes"):
+        find(SLURM | {"SLURM_STEP_NUM_TASKS": "0"})
+    with pytest.raises(UserError, match="process 3 is not one of 0..1"):
+        find(SLURM | {"SLURM_STEP_NUM_TASKS": "2"})
+    for tasks in ("2(x9999999999999)", "x", ""):
+        assert find(SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks}).num_local == 2  # at least, by its own number
+    assert find(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_LOCALID": "0"}).num_local == 3
+
+
 def test_a_batch_script_is_not_a_step() -> None:
     script = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
     assert find(script) is None
@@ -106,8 +116,11 @@ def test_torchrun() -> None:
     assert find(by_hand | {"MASTER_ADDR": "fe80::1"}).coordinator == "[fe80::1]:29400"
     assert find(TORCHRUN | SLURM).found_by == "torchrun's variables"  # which srun may have started
     assert find(SLURM | {"MASTER_ADDR": "x", "WORLD_SIZE": "4"}).found_by == "Slurm"  # as many scripts export
-    with pytest.raises(UserError, match=r"RANK is set, as torchrun does, but MASTER_ADDR and WORLD_SIZE not"):
+    with pytest.raises(UserError, match=r"RANK set, as torchrun does, but MASTER_ADDR and WORLD_SIZE not"):
         find({"RANK": "0"})
+    with pytest.raises(UserError, match=r"MASTER_ADDR and WORLD_SIZE set, as torchrun does, but RANK not"):
+        find({"MASTER_ADDR": "x", "WORLD_SIZE": "4"})
+    assert find({"WORLD_SIZE": "4"}) is find({"MASTER_ADDR": "x", "WORLD_SIZE": "1"}) is None
 
 
 def test_open_mpi() -> None:
@@ -123,6 +136,8 @@ def test_open_mpi() -> None:
     assert find(five | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}).coordinator.startswith("localhost:")
     with pytest.raises(UserError, match="-x MASTER_ADDR=host"):
         find(five)
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_RANK is set, as Open MPI does, but OMPI_COMM_WORLD_SIZE not"):
+        find({"OMPI_COMM_WORLD_RANK": "1"})
     assert find(OPEN_MPI | {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}).found_by == "Open MPI"
 
 
@@ -160,7 +175,9 @@ def test_the_command_line() -> None:
     assert given_world("h:1", 2, 1) == World("h:1", 2, 1, 1, 0, "--coordinator")
     with pytest.raises(UserError, match="together, or none"):
         given_world("h:1", 2, None)
-    for address in ("host", "host:", ":1", "host:99999"):
+    with pytest.raises(UserError, match="--num-processes 0 is less than 1"):
+        given_world("h:1", 0, 0)
+    for address in ("host", "host:", ":1", "host:99999", "a b:1", "http://host:1", "[host:1", "(null):1"):
         with pytest.raises(UserError, match="not of the form host:port"):
             given_world(address, 2, 1)
 

@@ -7,7 +7,7 @@ import pytest
 
 from tlite_jax.telemetry.stragglers import WINDOW, Finding, Judge, Pace
 
-HEALTHY = Pace("n0", 0.01, 0.02, device=2.0, unit=0.010, stalled=0.0, starved=0.0, on_cpu=False)
+HEALTHY = Pace("n0", 0.01, 0.02, device=2.0, unit=0.010, on_cpu=False, stalled=0.0, running=0.3, delayed=0.0)
 
 
 def job(size: int, changed: dict[int, Pace], noise: float = 0.0, seed: int = 0) -> dict[int, Pace]:
@@ -17,8 +17,8 @@ def job(size: int, changed: dict[int, Pace], noise: float = 0.0, seed: int = 0) 
     for number in range(size):
         pace = changed.get(number, HEALTHY)._replace(host=f"n{number}")
         numbers = {
-            field: value * float(np.exp(noise * chance.normal()))
-            for field, value in zip(pace._fields[1:-1], pace[1:-1], strict=True)
+            field: getattr(pace, field) * float(np.exp(noise * chance.normal()))
+            for field in ("data_wait", "other", "device", "unit", "running")
         }
         paces[number] = pace._replace(**numbers)
     return paces
@@ -113,24 +113,30 @@ def test_one_that_is_told_to_keep_up_again_is_well_below_the_limit() -> None:
     assert intervals(2.1) == [False]
 
 
-def test_a_cpu_that_is_taken_away_from_one_process_is_found() -> None:
-    throttled = HEALTHY._replace(on_cpu=True, starved=0.9)
-    (found,) = judged(3, dict.fromkeys(range(3), HEALTHY._replace(on_cpu=True)) | {2: throttled})
+ON_CPU = HEALTHY._replace(on_cpu=True, unit=0.0)
+
+
+def test_a_process_whose_cpu_is_taken_away_is_found() -> None:
+    throttled = ON_CPU._replace(running=0.09, delayed=0.9)
+    (found,) = judged(3, dict.fromkeys(range(3), ON_CPU) | {2: throttled})
     assert (found.process, found.ratio) == (2, pytest.approx(10))
-    assert "its threads wait 90% of the time in which they could run for a CPU" in found.text()
+    assert "it waits for a CPU 90% of the time" in found.text()
+    assert not judged(3, {2: throttled._replace(on_cpu=False)})  # its accelerators do not wait with it
 
 
-def test_where_cpus_are_short_for_all_small_differences_name_nobody() -> None:
-    short = {number: HEALTHY._replace(on_cpu=True, starved=share) for number, share in enumerate((0.55, 0.45, 0.4))}
-    assert not judged(3, short)
-    (found,) = judged(3, short | {1: HEALTHY._replace(on_cpu=True, starved=0.95)})
-    assert found.process == 1
+def test_where_cpus_are_short_for_all_those_that_wait_for_others_differ_and_are_not_named() -> None:
+    """As measured: two threads that look again and again whether the third process has come, and that process."""
+    short = [(0.35, 0.55), (0.33, 0.52), (0.05, 0.36)]
+    even = {number: ON_CPU._replace(running=ran, delayed=delayed) for number, (ran, delayed) in enumerate(short)}
+    assert not judged(3, even)
+    assert not judged(2, {0: even[0], 1: even[2]})
+    (found,) = judged(3, even | {2: ON_CPU._replace(running=0.02, delayed=0.95)})
+    assert found.process == 2
 
 
 def test_a_process_that_stands_still_half_of_the_time_has_slow_cpus_and_not_slow_accelerators() -> None:
-    still = dict.fromkeys(range(3), HEALTHY) | {2: HEALTHY._replace(stalled=0.5, starved=0.9)}
-    assert not judged(3, still)
-    (found,) = judged(3, {number: pace._replace(on_cpu=True, starved=0.0) for number, pace in still.items()})
+    assert not judged(3, {2: HEALTHY._replace(stalled=0.5)})
+    (found,) = judged(3, dict.fromkeys(range(3), ON_CPU) | {2: ON_CPU._replace(stalled=0.5)})
     assert (found.process, found.ratio) == (2, pytest.approx(2))
 
 

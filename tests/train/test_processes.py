@@ -139,9 +139,10 @@ def test_two_processes_equal_one_and_one_of_them_is_preempted(start) -> None:
     assert find(run).meta.rows_consumed == find(whole).meta.rows_consumed == (stopped + 3) * BATCH_SIZE
 
 
-def test_one_of_two_processes_that_cannot_start_does_not_hang_the_other(start) -> None:
+def test_one_of_two_processes_that_cannot_start_does_not_hang_the_other(start, tmp_path: Path) -> None:
     """Both find the same error; neither waits for the other."""
-    job, output = start("run/config.yaml/inside_a_file", 7, processes=2, devices=4)
+    (tmp_path / "file").touch()
+    job, output = start(str(tmp_path / "file" / "run"), 7, processes=2, devices=4)
     assert job.wait() == [2, 2]
     lines = [line for line in job.logs.read_text().splitlines() if line.startswith("error:")]
     assert len(lines) == 1

@@ -21,7 +21,7 @@ from typing import NamedTuple
 FILE = "stragglers.jsonl"  # of a run: a line for each finding
 WINDOW = 8  # intervals that are looked at
 _ENOUGH = 4  # from which they say something
-_SHORT_FOR_ALL = 1.3
+_LEAST = 0.01  # of the time that a process runs, as far as that is believed
 _NOISE = 5 * 1.4826  # median absolute deviations of the others; 1.4826 of them are a standard deviation
 
 
@@ -33,9 +33,9 @@ class Pace(NamedTuple):
       data_wait, other: of the host's own time, a step.
       device: from starting a step, nothing else under way, to its end.
       unit: that a fixed computation took on its devices alone; 0: not known.
-      stalled: share of the time in which the whole process stood still.
-      starved: share of the time for which its busy threads wanted a CPU in which they had none.
       on_cpu: whether its devices are CPUs.
+      stalled: share of the time in which the whole process stood still.
+      running, delayed: shares of the time in which its busiest thread ran, and in which it was ready and had no CPU.
     """
 
     host: str
@@ -43,9 +43,10 @@ class Pace(NamedTuple):
     other: float
     device: float
     unit: float
-    stalled: float
-    starved: float
     on_cpu: bool
+    stalled: float
+    running: float
+    delayed: float
 
 
 class Finding(NamedTuple):
@@ -65,7 +66,7 @@ class Finding(NamedTuple):
     other: float
     device_ratio: float
     stalled: float
-    starved: float
+    delayed: float
 
     def text(self) -> str:
         """One line for people."""
@@ -78,8 +79,8 @@ class Finding(NamedTuple):
             causes.insert(0, f"its devices take {self.device_ratio:.1f} times as long for the same work")
         if self.stalled >= 0.1:
             causes.append(f"it stood still {self.stalled:.0%} of the time")
-        if self.starved >= 0.5:
-            causes.append(f"its threads wait {self.starved:.0%} of the time in which they could run for a CPU")
+        if self.delayed >= 0.1:
+            causes.append(f"it waits for a CPU {self.delayed:.0%} of the time")
         return f"{name} is {self.ratio:.1f} times slower than the median of the others: {', '.join(causes)}"
 
 
@@ -117,7 +118,7 @@ class Judge:
 
     def _over_window(self, process: int) -> Finding:
         ones = [interval[process] for interval in self._intervals]
-        parts = ("ratio", "data_wait", "other", "device_ratio", "stalled", "starved")
+        parts = ("ratio", "data_wait", "other", "device_ratio", "stalled", "delayed")
         return ones[-1]._replace(**{part: median(getattr(one, part) for one in ones) for part in parts})
 
     def _is_slow(self, process: int, ratio: float) -> bool:
@@ -154,7 +155,7 @@ def compare(paces: Mapping[int, Pace]) -> dict[int, Finding]:
             pace.other / alone[process] if alone[process] else 0.0,
             _ratio(slowness[process], [slowness[number] for number in others]),
             pace.stalled,
-            pace.starved,
+            pace.delayed,
         )
     return result
 
@@ -165,9 +166,24 @@ def _slowness(process: int, paces: Mapping[int, Pace]) -> float:
     unit = pace.unit or median([other.unit for other in paces.values() if other.unit] or [1.0])
     if not pace.on_cpu:
         return unit
-    # Where CPUs are short for all, chance decides who gets less: that counts as much less.
-    usual = median([other.starved for number, other in paces.items() if number != process] or [pace.starved])
-    return unit / (1 - pace.stalled) * max(1.0, (1 - usual) ** _SHORT_FOR_ALL / (1 - pace.starved))
+    others = [other for number, other in paces.items() if number != process] or [pace]
+    return unit / max(_LEAST, 1 - pace.stalled) * _starved(pace, others)
+
+
+def _starved(pace: Pace, others: Sequence[Pace]) -> float:
+    """How much slower than others a process is for want of a CPU; at least 1.
+
+    A thread that waits for another process may sleep or look again and again. It then seems to get its CPU more
+    easily than one that works, or to miss it for longer: only where both are worse is it short of a CPU.
+    """
+
+    def of_the_time(one: Pace) -> float:
+        return max(_LEAST, 1 - one.delayed)
+
+    def of_what_it_wants(one: Pace) -> float:
+        return max(_LEAST, one.running / (one.running + one.delayed)) if one.delayed > 0 else 1.0
+
+    return max(1.0, min(median(map(gets, others)) / gets(pace) for gets in (of_the_time, of_what_it_wants)))
 
 
 def _ratio(value: float, others: Sequence[float]) -> float:
