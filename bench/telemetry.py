@@ -6,7 +6,8 @@ As many metrics as T-lite's first stage logs, losses of 23 buckets and every 50t
 sink and to all of them at once, a pause between steps as training has one, so that the sinks' own threads run as they
 do there; the variants take turns. The trackers' processes take what they are given and do nothing with it. `readings`
 is what data wait and memory cost to ask for, `parts` what it costs to make losses by bucket of those of 768 rows, and
-norms of an array. A run of 100 ms a step may spend 500 microseconds.
+norms of an array, `pace` what comparing this process's pace with the others' costs around a step that does nothing.
+A run of 100 ms a step may spend 500 microseconds.
 """
 
 import argparse
@@ -21,6 +22,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from launch.job.pace import PaceWatch
+from launch.job.peers import JobBoard
+from tlite_jax.config import WatchdogConfig
 from tlite_jax.config_files import load_config
 from tlite_jax.data.order import Plan, PlannedBucket
 from tlite_jax.data.segments import Segment, Timeline
@@ -66,8 +70,8 @@ def main() -> None:
     for name, times in rounds.items():
         slow = statistics.median(statistics.quantiles(each, n=100)[98] for each in times)
         print(f"| {name} | {_mean(times):.0f} | {slow:.0f} |")
-    total = sum(_mean(rounds[name]) for name in ("all", "readings", "parts"))
-    print(f"all, readings and parts: {total:.0f} of {_LIMIT_MICROSECONDS} microseconds")
+    total = sum(_mean(rounds[name]) for name in ("all", "readings", "parts", "pace"))
+    print(f"all, readings, parts and pace: {total:.0f} of {_LIMIT_MICROSECONDS} microseconds")
     sys.exit(total > _LIMIT_MICROSECONDS)
 
 
@@ -116,7 +120,15 @@ def _variants(scratch: Path, steps: int) -> dict[str, Callable[[], tuple[Callabl
 
         return make, lambda: None
 
-    return {name: sinks(name) for name in makers} | {"all": sinks(*makers), "readings": readings, "parts": parts}
+    def pace() -> tuple[Callable[[int], object], Callable[[], None]]:
+        config = WatchdogConfig(pace_every=steps + 1)  # no comparison: 10 ms of it, once in 50 steps
+        watch = PaceWatch(config, JobBoard(None), 0, 2, scratch / "stragglers.jsonl").start()
+        loss = jax.device_put(np.float32(1.0))
+        step_fn = watch.around(lambda state, batch: (state, {"loss": loss}), 0)
+        return lambda step: step_fn(None, None), watch.close
+
+    others = {"all": sinks(*makers), "readings": readings, "parts": parts, "pace": pace}
+    return {name: sinks(name) for name in makers} | others
 
 
 def _tracker(name: str) -> TrackerSink:

@@ -21,7 +21,7 @@ def test_every_variant_is_measured(
     assert int(exit_.value.code or 0) == status
     rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \|$", capsys.readouterr().out, re.MULTILINE)
     assert [row[0] for row in rows] == [
-        *("jsonl", "tensorboard", "prometheus", "wandb", "mlflow", "all", "readings", "parts")
+        *("jsonl", "tensorboard", "prometheus", "wandb", "mlflow", "all", "readings", "parts", "pace")
     ]
     assert all(int(mean) > 0 for _, mean, _ in rows)
     assert not list(tmp_path.iterdir())

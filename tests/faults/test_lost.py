@@ -11,7 +11,7 @@ from tests.faults.lost import GONE_SECONDS, STEP_FLOOR
 
 # Little code generation, the same in all of them: compiling is most of the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-KINDS = ("killed", "stuck", "absent", "data")
+KINDS = ("killed", "stuck", "absent", "data", "throttled")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,12 @@ def test_those_that_have_come_name_the_one_that_has_not(found: dict[str, dict]) 
     absent = found["absent"]
     who = f"error: process {absent['process']} has not come within 4 s (watchdog.join), start the job again"
     assert set(absent["said"].values()) == {who}
+
+
+def test_a_process_whose_cpu_time_is_limited_is_named_as_the_slow_one(found: dict[str, dict]) -> None:
+    (said,) = found["throttled"]["said"]
+    assert said.startswith(f"process {found['throttled']['process']} (")
+    assert "its devices take " in said
 
 
 def test_the_process_that_waits_for_data_is_named_as_the_slow_one(found: dict[str, dict]) -> None:

@@ -93,7 +93,7 @@ def test_the_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
 def test_numbers_of_slurm_that_cannot_be() -> None:
     with pytest.raises(UserError, match="Slurm: a job of 0 processes"):
         find(SLURM | {"SLURM_STEP_NUM_TASKS": "0"})
-    with pytest.raises(UserError, match="process 3 is not one of 0..1"):
+    with pytest.raises(UserError, match=r"process 3 is not one of 0\.\.1"):
         find(SLURM | {"SLURM_STEP_NUM_TASKS": "2"})
     for tasks in ("2(x9999999999999)", "x", ""):
         assert find(SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks}).num_local == 2  # at least, by its own number

@@ -127,7 +127,8 @@ def test_norms_by_group_are_drawn(page):
 
 def test_slow_processes_are_listed(page):
     slow, devices, again = (row for row in Page(page).rows if len(row) == 5 and "(<n3>)" in row[2])
-    assert (slow[0], *slow[2:]) == ("100", "3 (<n3>)", "1.4", "data wait 80%, other work of its host 10%")
+    cause = "data wait 80%, other work of its host 10%, waited for a CPU 60%"
+    assert (slow[0], *slow[2:]) == ("100", "3 (<n3>)", "1.4", cause)
     assert devices[4].startswith("its devices are 1.3 times slower, data wait 0%")
     assert again[3:] == ["", "keeps up with the others again"]
 

@@ -51,7 +51,7 @@ def write_run(directory: Path, *, steps: int = 1000, every: int = 100, total: in
                 values |= {"alert/bits_per_byte/language=en": float(done > 0.7), "objective": 1 - 0.2 * done}
             writer.write(step, values)
     write_starts(directory / "goodput.jsonl", steps)
-    slow = Finding(3, "<n3>", True, 1.42, 0.8, 0.1, 1.0, 0.0)
+    slow = Finding(3, "<n3>", True, 1.42, 0.8, 0.1, 1.0, 0.0, 0.6)
     findings = (slow, slow._replace(process=5, device_ratio=1.3, data_wait=0.0), slow._replace(slow=False))
     with (directory / FILE).open("w", encoding="utf-8") as file:
         for number, finding in enumerate(findings, 1):

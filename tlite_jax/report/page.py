@@ -222,6 +222,8 @@ def _cause(finding: Mapping[str, Any]) -> str:
         parts.insert(0, f"its devices are {finding['device_ratio']:.1f} times slower")
     if finding["stalled"] >= _STOOD_STILL:
         parts.append(f"stood still {finding['stalled']:.0%}")
+    if finding.get("delayed", 0.0) >= _STOOD_STILL:  # runs of before do not have it
+        parts.append(f"waited for a CPU {finding['delayed']:.0%}")
     return ", ".join(parts)
 
 
