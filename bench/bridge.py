@@ -56,6 +56,8 @@ class Row(NamedTuple):
     seconds: float
     copy_seconds: tuple[float, float]  # before and after
     peak_bytes: int
+    cpu_seconds: float  # user and system
+    copy_cpu_seconds: tuple[float, float]
 
     @property
     def ratio(self) -> float:
@@ -109,34 +111,35 @@ def measure(step: str, source: Path, target: Path, code: str, scratch: Path) -> 
     """Runs `code` in a process of its own, between two copies of as many bytes."""
     files = _files(source)
     read_bytes = sum(file.stat().st_size for file in files)
-    before = plain_copy(files, int(EXPECTED_SHARE[step] * read_bytes), scratch / "copy")
+    before, before_cpu = plain_copy(files, int(EXPECTED_SHARE[step] * read_bytes), scratch / "copy")
     _drop(files)
-    seconds, peak = _run(code)
+    seconds, cpu, peak = _run(code)
     written = sum(file.stat().st_size for file in _files(target))
-    after = plain_copy(files, written, scratch / "copy")
-    return Row(step, read_bytes, written, seconds, (before, after), peak)
+    after, after_cpu = plain_copy(files, written, scratch / "copy")
+    return Row(step, read_bytes, written, seconds, (before, after), peak, cpu, (before_cpu, after_cpu))
 
 
-def _run(code: str) -> tuple[float, int]:
-    """Returns seconds, and the most memory that the process held."""
+def _run(code: str) -> tuple[float, float, int]:
+    """Returns seconds, CPU seconds, and the most memory that the process held."""
     with tempfile.NamedTemporaryFile("r") as status:
         # ru_maxrss would count what this process held when it started the other one.
         last = f"Path({status.name!r}).write_text(Path('/proc/self/status').read_text())"
         words = [sys.executable, "-c", f"from pathlib import Path; {code}; {last}"]
-        started = time.monotonic()
+        started, before = time.monotonic(), os.times()
         ended = subprocess.run(words, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
-        seconds = time.monotonic() - started
+        seconds, after = time.monotonic() - started, os.times()
         found = re.search(r"^VmHWM:\s+(\d+) kB", status.read(), re.MULTILINE)
     if ended.returncode or found is None:
         raise SystemExit(f"failed: {code}")
-    return seconds, int(found[1]) * 1024
+    cpu_seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, cpu_seconds, int(found[1]) * 1024
 
 
-def plain_copy(sources: Iterable[Path], written: int, target: Path) -> float:
-    """Seconds to read the files, cold, and to write `written` bytes to the disk; they are deleted as they get there."""
+def plain_copy(sources: Iterable[Path], written: int, target: Path) -> tuple[float, float]:
+    """Seconds, and CPU seconds, to read the files, cold, and to write `written` bytes, deleted as they get there."""
     sources = list(sources)
     _drop(sources)
-    started, left, room = time.monotonic(), written, SHARD_BYTES
+    started, started_cpu, left, room = time.monotonic(), time.process_time(), written, SHARD_BYTES
     filler = os.urandom(_BLOCK)
     output = target.open("wb", buffering=0)
 
@@ -157,9 +160,9 @@ def plain_copy(sources: Iterable[Path], written: int, target: Path) -> float:
         put(filler)
     os.fdatasync(output.fileno())
     output.close()
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - started_cpu
     target.unlink()
-    return seconds
+    return seconds, cpu_seconds
 
 
 def quantised_per_second(kind: str = "Q4_K", num_slices: int = 16) -> float:
@@ -234,7 +237,10 @@ def main() -> None:
         steps = [{**row._asdict(), "ratio": row.ratio} for row in rows]
         print(json.dumps({"steps": steps, "quantised_bytes_per_second": quantised}, indent=1))
         return
-    print(f"{'step':22}{'read GB':>9}{'written':>9}{'s':>8}{'MB/s':>8}{'copies s':>16}{'of a copy':>11}{'peak GB':>9}")
+    print(
+        f"{'step':22}{'read GB':>9}{'written':>9}{'s':>8}{'MB/s':>8}{'copies s':>16}{'of a copy':>11}{'peak GB':>9}"
+        f"{'CPU s/GB':>10}{'of copies':>15}"
+    )
     for row in rows:
         print(_line(row))
     if quantised is not None:
@@ -248,9 +254,11 @@ def main() -> None:
 def _line(row: Row) -> str:
     moved = row.read_bytes + row.written_bytes
     copies = " and ".join(f"{seconds:.1f}" for seconds in row.copy_seconds)
+    cpus = " and ".join(f"{seconds / row.read_bytes * 1e9:.2f}" for seconds in row.copy_cpu_seconds)
     return (
         f"{row.step:22}{row.read_bytes / 1e9:9.2f}{row.written_bytes / 1e9:9.2f}{row.seconds:8.1f}"
         f"{moved / 1e6 / row.seconds:8.0f}{copies:>16}{row.ratio:10.2f}x{row.peak_bytes / 1e9:9.2f}"
+        f"{row.cpu_seconds / row.read_bytes * 1e9:10.2f}{cpus:>15}"
     )
 
 
