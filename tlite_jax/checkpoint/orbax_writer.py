@@ -33,12 +33,13 @@ def apart() -> ocp.AsyncCheckpointer:
     """
     logging.getLogger("absl").addFilter(_is_news)
     own = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
-    # Made in the background, they would be waited for through a key that all processes share.
     # Without its own registry it would change how all others write; the shards' shapes are in the arrays, too.
     handlers = (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, array_metadata_store=None))
     registry = ocp.type_handlers.create_type_handler_registry(handlers)
     options = {"type_handler_registry": registry, "enable_post_merge_validation": False}  # what others write is absent
-    return _checkpointer(lambda *, key, timeout_ms: None, own, in_background=False, **options)
+    # In the background directories are waited for through a key that all processes share: not where there are several.
+    in_background = jax.process_count() == 1
+    return _checkpointer(lambda *, key, timeout_ms: None, own, in_background=in_background, **options)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
