@@ -29,6 +29,8 @@ def main(
     if not serve:
         page = render(_read(run))
         path = out or run / "report.html"
+        if path.is_dir():
+            raise UserError(f"--out {path} is a directory; give a file, such as {path / 'report.html'}")
         try:
             replace_file(path, page.encode())
         except OSError as error:

@@ -1,10 +1,12 @@
 """Joining a job of several processes."""
 
+import errno
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +15,9 @@ from pathlib import Path
 from launch.job.abort import Overheard, restart_on_abort
 from launch.job.world import World, find_world, given_world, gpu_ids, outside_of_srun
 from tlite_jax.errors import UserError
+from tlite_jax.telemetry.watchdog import EXIT_RESTART
 
+PORT_SECONDS = 10.0  # that a port may still be held by the job's last coordinator
 HEARTBEAT_SECONDS = 10  # a dead process is noticed after about this long; jax's default is 100
 JOIN_SECONDS = 300.0  # jax's default
 _GRACE_SECONDS = 5  # by which process 0, who knows who is absent, is to say so before the others give up
@@ -53,6 +57,8 @@ def _join(world: World, join_seconds: float) -> None:
     import jax
 
     own = gpu_ids(world, count_gpus(os.environ))
+    if world.process_id == 0:
+        _wait_for_port(world)
     seconds = max(1, round(join_seconds))
     try:
         with Overheard() as overheard, _naming_the_absent(seconds):
@@ -73,6 +79,34 @@ def _join(world: World, join_seconds: float) -> None:
             f"process {world.process_id} of {world.num_processes} ({world.found_by}) cannot join the job at "
             f"{world.coordinator}: {line}"
         ) from error
+
+
+def _wait_for_port(world: World) -> None:
+    """Returns when process 0 can listen on its port; jax would crash, without a word, where another process has it.
+
+    Raises:
+      UserError: it is not free within a few seconds, or not allowed.
+      SystemExit: the same, where a restart will choose another port.
+    """
+    port = int(world.coordinator.rpartition(":")[2])
+    end = time.monotonic() + PORT_SECONDS
+    while True:
+        try:
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", port))
+            return
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < end:  # by a coordinator that is still dying
+                time.sleep(0.5)
+                continue
+            said = (
+                f"process 0 of {world.num_processes} ({world.found_by}) cannot listen on port {port}: {error.strerror}"
+            )
+            if world.found_by == "Slurm":
+                print(f"error: {said}; start the job again", file=sys.stderr, flush=True)
+                raise SystemExit(EXIT_RESTART) from error
+            raise UserError(f"{said}; choose another one") from error
 
 
 def absent(said: str, world: World, seconds: int) -> str:

@@ -1,6 +1,5 @@
 """Jobs recognised from dictionaries of variables as schedulers set them, and GPUs dealt out to processes."""
 
-import itertools
 import json
 import os
 import socket
@@ -11,10 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.job import distributed
-from launch.job.mesh_fit import check_world, nearest_meshes
 from launch.job.world import World, find_world, first_host, given_world, gpu_ids, outside_of_srun
-from tests import tiny
-from tlite_jax.config_files import override
 from tlite_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -234,48 +230,32 @@ def test_what_jax_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     distributed.initialize(None, None, None)
-    distributed.initialize("h:1", 2, 0)
+    distributed.initialize("h:1", 2, 1)
     (found, options), (given, given_options) = calls
     assert found == (find(SLURM).coordinator, 4, 3)
     assert options["local_device_ids"] == (4, 5, 6, 7)
     assert options["cluster_detection_method"] == "deactivate"
     assert options["heartbeat_timeout_seconds"] == 10
-    assert (given, given_options["local_device_ids"]) == (("h:1", 2, 0), None)
+    assert (given, given_options["local_device_ids"]) == (("h:1", 2, 1), None)
 
 
-def test_another_world_than_the_configs() -> None:
-    config = tiny.config(Path("unused"), "mesh.replica=12", "mesh.fsdp=8", "train.batch_size=768")
-    config = override(config, ["execution.num_microbatches=8"])
-    check_world(config, 12, 8)
-    with pytest.raises(UserError) as refused:
-        check_world(config, 2, 8)
-    assert str(refused.value) == (
-        "mesh: replica 12 x fsdp 8 = 96 devices in the config, 2 x 8 = 16 devices found; with train.batch_size 768 in "
-        "8 microbatches these fit, nearest first: mesh.replica=2 mesh.fsdp=8; mesh.replica=1 mesh.fsdp=16; "
-        "mesh.replica=4 mesh.fsdp=4; mesh.replica=8 mesh.fsdp=2"
-    )
-    with pytest.raises(
-        UserError, match=r"768 does not divide over 80; use train.batch_size=720 or .*=800, or 64 or 96"
-    ):
-        check_world(config, 10, 8)
-    with pytest.raises(UserError, match=r"mesh.context 2 does not divide 9 devices"):
-        check_world(override(config, ["mesh.context=2"]), 9, 1)
-
-
-@pytest.mark.parametrize(
-    ("devices", "context", "microbatches"), [*itertools.product([1, 6, 16, 64, 192], [1, 2], [1, 8])]
-)
-def test_the_meshes_that_are_named_fit(devices: int, context: int, microbatches: int) -> None:
-    words = [f"mesh.context={context}", f"execution.num_microbatches={microbatches}", "train.batch_size=768"]
-    config = tiny.config(Path("unused"), "mesh.replica=12", "mesh.fsdp=8", *words)
-    meshes = nearest_meshes(config, devices)
-    assert bool(meshes) == (devices % context == 0)
-    for mesh in meshes:
-        changed = override(config, mesh.split())
-        check_world(changed, devices, 1)
-        groups = devices // context * changed.execution.num_microbatches
-        assert 768 % groups == 0
-        assert 768 // groups <= max(1, 768 // (devices // context * microbatches))  # no larger a microbatch
+def test_a_port_that_another_process_has_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "PORT_SECONDS", 0.0)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            UserError, match=rf"process 0 of 2 \(--coordinator\) cannot listen on port {port}: .* in use"
+        ):
+            distributed.initialize(f"localhost:{port}", 2, 0)
+        with pytest.raises(SystemExit) as ended:  # which `submit` starts again, with another port
+            distributed._wait_for_port(World(f"localhost:{port}", 2, 0, 1, 0, "Slurm"))
+    assert ended.value.code == 76
+    assert "in use; start the job again" in capsys.readouterr().err
+    distributed._wait_for_port(World(f"localhost:{port}", 2, 0, 1, 0, "--coordinator"))  # free again
 
 
 PROGRAM = """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.in_process import run_command
 from tests.report.written import read_lines, write_run
 from tlite_jax.errors import UserError
 from tlite_jax.report.page import render
@@ -203,3 +204,20 @@ def test_a_browser_draws_it_without_complaint(tmp_path, page):
     assert "CONSOLE" not in result.stderr
     assert "<title>ERROR" not in result.stdout
     assert result.stdout.count('class="tip"') == page.count("<figure")  # the script went to its end
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "."], "--out . is a directory; give a file, such as report.html"),
+        (["--out", "nowhere/page.html"], "cannot write nowhere/page.html: No such file or directory"),
+        (["--serve", "--port", "99999"], "cannot listen on 127.0.0.1:99999"),
+        (["--serve", "--host", "no such host"], "choose another --host or --port"),
+    ],
+)
+def test_where_a_page_cannot_go_is_one_line(run_directory, words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ended = run_command(monkeypatch, capsys, "report", run_directory, *words)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+    assert message in ended.err

@@ -44,4 +44,4 @@ def make_server(page: Callable[[], str], host: str, port: int) -> ThreadingHTTPS
     try:
         return ThreadingHTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port") from error
+        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
