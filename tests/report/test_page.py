@@ -186,7 +186,7 @@ def test_a_served_page_is_new_each_time():
 
 
 def test_a_port_that_is_taken_is_refused():
-    with make_server(str, "127.0.0.1", 0) as server, pytest.raises(UserError, match="choose another --port"):
+    with make_server(str, "127.0.0.1", 0) as server, pytest.raises(UserError, match="choose another --host or --port"):
         make_server(str, "127.0.0.1", server.server_port)
 
 
