@@ -240,7 +240,7 @@ def test_fewer_bits_may_be_better_but_the_users_limits_hold(
 
 def test_a_damaged_checkpoint_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
-    file = max((tmp_path / "run" / "checkpoints").rglob("d/*"), key=lambda path: path.stat().st_size)
+    file = max((tmp_path / "run" / "checkpoints").rglob("params/*/0*"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
