@@ -37,6 +37,7 @@ def import_model(src: str, dst: Path, revision: str | None = None) -> None:
     """
     from tlite_jax.bridge.files import new_directory, refuse_occupied
     from tlite_jax.checkpoint import save_model
+    from tlite_jax.checkpoint.seal import seal_alone
 
     refuse_occupied(dst)
     imported = read_model(src, revision)
@@ -44,6 +45,7 @@ def import_model(src: str, dst: Path, revision: str | None = None) -> None:
         (run / "tokenizer").mkdir()
         for name, content in imported.tokenizer.items():
             (run / "tokenizer" / name).write_bytes(content)
+        seal_alone(run / "tokenizer")
         with byte_progress(f"reading {src}") as report:
             save_model(
                 run,

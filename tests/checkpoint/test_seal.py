@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch.export import export_model
 from launch.verify import kind_of
 from tests import tiny
 from tests.checkpoint.test_checkpoint import meta, random_state
@@ -25,6 +26,7 @@ from tlite_jax.checkpoint.verify import damages_of, intact_meanwhile, verify_che
 from tlite_jax.config import CheckpointConfig
 from tlite_jax.errors import UserError
 from tlite_jax.train.loop import _save_at_last
+from tlite_jax.train.run import open_run
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -315,6 +317,22 @@ def test_a_pinned_step_is_kept(tmp_path: Path) -> None:
                 (step_of(tmp_path, 2) / "PINNED").touch()
     assert steps_on_disk(tmp_path) == [2, 4]
     assert verify_run(tmp_path).damages == ()
+
+
+def test_a_flipped_tokenizer_is_found_not_shipped_and_copied_again(tmp_path: Path) -> None:
+    run, asked = tmp_path / "run", tiny.config(tmp_path / "run", *tiny.from_imported())
+    tiny.start(asked)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        flip(run / "tokenizer" / name, -3)
+        (found,) = verify_run(run).damages
+        assert found.file == f"tokenizer/{name}"
+        with pytest.raises(UserError, match=rf"tokenizer is damaged: {name}: .*not those that were written.*; restore"):
+            export_model(run, tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()
+        open_run(asked)
+        assert verify_run(run).damages == verify_run(run).unchecked == ()
+    (run / "tokenizer" / "manifest.json").unlink()
+    assert verify_run(run).unchecked == ("tokenizer/* (written without a manifest)",)
 
 
 def test_shares_of_processes_are_all_files_once_and_about_alike() -> None:

@@ -163,6 +163,11 @@ def write_manifest(directory: Path, entries: Mapping[str, Entry]) -> None:
     write_json(directory / MANIFEST, {"algorithm": _ALGORITHM, "files": dict(sorted(entries.items()))})
 
 
+def seal_alone(directory: Path) -> None:
+    """Makes a directory that this process has written durable and verifiable."""
+    write_manifest(directory, hash_files(directory, list_files(directory)))
+
+
 def read_manifest(directory: Path) -> dict[str, Entry]:
     """The entries of a sealed directory, by name.
 

@@ -21,6 +21,7 @@ from tlite_jax.data.segments import Segment
 from tlite_jax.errors import UserError
 
 FORMAT_VERSION = 2  # 1: saved without a manifest
+TOKENIZER_DIRECTORY = "tokenizer"  # of a run
 
 
 class Recent(Section):
@@ -69,7 +70,7 @@ class Checkpoint:
     @property
     def tokenizer_dir(self) -> Path:
         """The Hugging Face tokenizer that goes with the weights."""
-        return self.run / "tokenizer"
+        return self.run / TOKENIZER_DIRECTORY
 
     @property
     def has_optimizer(self) -> bool:

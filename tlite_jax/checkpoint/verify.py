@@ -11,7 +11,7 @@ from pathlib import Path
 from tlite_jax.checkpoint.peers import Talk, new_talk
 from tlite_jax.checkpoint.seal import MANIFEST, Entry, UnsealedError, check_files, read_manifest, share, strangers
 from tlite_jax.checkpoint.state import StateReading
-from tlite_jax.checkpoint.stored import Checkpoint, is_step, steps_on_disk
+from tlite_jax.checkpoint.stored import TOKENIZER_DIRECTORY, Checkpoint, is_step, steps_on_disk
 from tlite_jax.errors import UserError
 from tlite_jax.verification import Damage, Progress, Verification
 
@@ -34,8 +34,29 @@ def verify_checkpoint(path: Path, progress: Progress | None = None) -> Verificat
 
 
 def verify_run(path: Path, progress: Progress | None = None) -> Verification:
-    """Reads every file of all steps of a run and compares it with its step's manifest."""
-    return _verify("run", path, [path / "checkpoints" / str(step) for step in steps_on_disk(path)], progress)
+    """Reads every file of a run's tokenizer and of all its steps and compares it with their manifests."""
+    found = _verify("run", path, [path / "checkpoints" / str(step) for step in steps_on_disk(path)], progress)
+    prefix = f"{TOKENIZER_DIRECTORY}/"
+    damages = tuple(replace(damage, file=prefix + damage.file) for damage in tokenizer_damages(path))
+    directory = path / TOKENIZER_DIRECTORY
+    old = () if is_sealed(directory) or not directory.is_dir() else (f"{prefix}* (written without a manifest)",)
+    return replace(found, damages=found.damages + damages, unchecked=(*found.unchecked, *old))
+
+
+def tokenizer_damages(run: Path) -> list[Damage]:
+    """What is wrong with a run's tokenizer; nothing is known of one that has no manifest."""
+    directory = run / TOKENIZER_DIRECTORY
+    if not is_sealed(directory):
+        return []
+    try:
+        return check_files(directory, read_manifest(directory))
+    except UnsealedError as error:
+        return [Damage(MANIFEST, str(error))]
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether a manifest was written with a directory."""
+    return (directory / MANIFEST).exists()
 
 
 def _verify(kind: str, path: Path, directories: Collection[Path], progress: Progress | None) -> Verification:
@@ -133,7 +154,15 @@ def _damages_of_share(
 def require_intact(
     checkpoint: Checkpoint, items: Collection[str] = (), report: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Raises UserError, with what is wrong and where, unless a checkpoint (or these items) is as it was written."""
+    """Raises UserError, with what is wrong and where, unless a checkpoint (or these items) is as it was written.
+
+    So must the tokenizer be that goes with it.
+    """
+    if found := tokenizer_damages(checkpoint.run):
+        raise UserError(
+            f"{checkpoint.tokenizer_dir} is damaged: {found[0]}{others(found)}; restore it from where it was copied, "
+            f"or delete its {MANIFEST} if you have changed it"
+        )
     if found := damages_of(checkpoint.path, items, report=report):
         raise UserError(
             f"{checkpoint.path} is damaged: {found[0]}{others(found)}; restore it from a copy, or name another step"

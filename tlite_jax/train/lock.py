@@ -25,9 +25,9 @@ def locked(directory: Path) -> Iterator[None]:
     """
     with (directory / FILE).open("a+") as file:
         _wait(file.fileno(), directory)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk; who holds it is for people only
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

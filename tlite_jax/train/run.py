@@ -17,7 +17,8 @@ from tlite_jax import checkpoint as checkpoints
 from tlite_jax.checkpoint import Checkpoint, Meta, Recent, StateReading
 from tlite_jax.checkpoint.parts import drop_after, parts_of
 from tlite_jax.checkpoint.resume import newest_intact
-from tlite_jax.checkpoint.verify import require_intact
+from tlite_jax.checkpoint.seal import seal_alone
+from tlite_jax.checkpoint.verify import is_sealed, require_intact, tokenizer_damages
 from tlite_jax.config import RunConfig
 from tlite_jax.config_files import differences, load_config, save_config
 from tlite_jax.data.buckets import BucketStore
@@ -31,6 +32,7 @@ from tlite_jax.errors import UserError
 from tlite_jax.sharding import CONTEXT
 from tlite_jax.train.context import check_context
 from tlite_jax.train.directory import CONFIG_FILE, count_steps
+from tlite_jax.train.lock import FILE as LOCK_FILE
 from tlite_jax.train.lock import locked
 from tlite_jax.train.rewind import finish_automatic
 from tlite_jax.train.state import TrainState, init_state, start_state
@@ -160,7 +162,7 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     """
     if mesh is not None:
         check_batch(config.train.batch_size, mesh, config.execution.num_microbatches)
-    _finish_rewind(config.output)
+    _wait_for_the_trainer_before(config.output)
     local = config.checkpoint.local_dir
     parts = parts_of(config.output, local, mesh) if local is not None and mesh is not None else None
     newest = newest_intact(config.output, mesh, parts)
@@ -199,14 +201,14 @@ def open_run(config: RunConfig, *, mesh: Mesh | None = None, allow_change: bool 
     return Run(config, directory, timeline, store, base, resumed, schedule_offset, total_steps, newest.reading)
 
 
-def _finish_rewind(directory: Path) -> None:
-    """Finishes what the run itself has begun and a kill has interrupted."""
-    _, pending = read_segments(directory)
-    if jax.process_index() == 0 and pending is not None and pending.automatic:
+def _wait_for_the_trainer_before(directory: Path) -> None:
+    """Until nobody trains the run: its last save may be under way. Then finishes a rewind that was interrupted."""
+    if jax.process_index() == 0 and (directory / LOCK_FILE).exists():
+        check_writable(directory)
         with locked(directory):
             finish_automatic(directory)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("rewind finished")
+        multihost_utils.sync_global_devices("run free")
 
 
 def first_state(run: Run, mesh: Mesh) -> TrainState:
@@ -334,12 +336,11 @@ def _claim(config: RunConfig, directory: Path, timeline: Timeline) -> None:
     """Writes what the run is: its config, tokenizer and plans. The config comes last: it marks the directory."""
     write_timeline(directory, timeline)
     assert config.data.tokenizer is not None
-    if not (directory / CONFIG_FILE).exists() or not _same_tokenizer(config.data.tokenizer, directory / "tokenizer"):
+    if not (directory / CONFIG_FILE).exists() or not _same_tokenizer(config.data.tokenizer, directory):
         copy = directory / "tokenizer.partial"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(config.data.tokenizer, copy)
-        for path in copy.rglob("*"):
-            sync(path)
+        seal_alone(copy)
         shutil.rmtree(directory / "tokenizer", ignore_errors=True)  # another one's, or of an interrupted start
         copy.rename(directory / "tokenizer")
     partial = directory / f"{CONFIG_FILE}.partial"
@@ -349,9 +350,12 @@ def _claim(config: RunConfig, directory: Path, timeline: Timeline) -> None:
     sync(directory)
 
 
-def _same_tokenizer(directory: Path, other: Path) -> bool:
-    """Whether both define the same tokenizer."""
-    files = [place / "tokenizer.json" for place in (directory, other)]
+def _same_tokenizer(tokenizer: Path, run: Path) -> bool:
+    """Whether a run has a whole copy of a tokenizer."""
+    copy = run / "tokenizer"
+    if not is_sealed(copy) or tokenizer_damages(run):
+        return False
+    files = [place / "tokenizer.json" for place in (tokenizer, copy)]
     if not all(file.is_file() for file in files):
-        return other.is_dir()  # one that transformers converts: buckets and plan guard it
+        return True  # one that transformers converts: buckets and plan guard it
     return files[0].read_bytes() == files[1].read_bytes()
