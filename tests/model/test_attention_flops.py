@@ -27,24 +27,25 @@ def test_xla_counts_the_products_of_its_program(backend, length, documents):
     assert attention.backward_flops(backend, *shape) == matmul_flops(both.jaxpr) - forward
 
 
-@pytest.mark.parametrize("length", [384, 2048])
-def test_splash_counts_the_blocks_of_its_mask(length):
+@pytest.mark.parametrize(("length", "block", "keys"), [(384, 128, 128), (2048, 1024, 1024), (16384, 1024, 2048)])
+def test_splash_counts_the_blocks_of_its_mask(length, block, keys):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    block = {384: 128, 2048: 512}[length]
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * N),
-        block_sizes=splash_attention.BlockSizes(block, block, block, block, block, block, block, block),
+        block_sizes=splash_attention.BlockSizes(
+            block, block, block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=block, use_fused_bwd_kernel=True
+        ),
     )
 
-    def flops(mask_info, products):
+    def flops(mask_info, products, rows, columns):
         visited = np.count_nonzero(np.broadcast_to(mask_info.block_mask, (N, *mask_info.block_mask.shape[1:])))
-        return products * 2 * B * H * block**2 * visited
+        return products * 2 * B * H * rows * columns * visited
 
     shape = (B, length, N, H, False)
-    assert attention.forward_flops("splash", *shape) == flops(kernel.fwd_mask_info, 2)
-    # dQ: scores, dP, dQ. dK and dV: scores, dP, dK, dV.
-    assert attention.backward_flops("splash", *shape) == flops(kernel.dq_mask_info, 3) + flops(kernel.dkv_mask_info, 4)
+    assert attention.forward_flops("splash", *shape) == flops(kernel.fwd_mask_info, 2, block, block)
+    # Scores, dP, dQ, dK and dV.
+    assert attention.backward_flops("splash", *shape) == flops(kernel.dkv_mask_info, 5, block, keys)
 
 
 def test_triton_counts_the_blocks_of_its_loops():

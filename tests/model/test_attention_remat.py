@@ -22,7 +22,7 @@ FORWARD = {
 BACKWARD = {
     "cudnn": ["dot_product_attention_bwd_wrapper"],
     "pallas_triton": ["mha_backward", "mha_preprocess_backward"],
-    "splash": ["splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals"],
+    "splash": ["splash_mha_dkv_no_residuals"],
 }
 
 

@@ -6,7 +6,7 @@ Document masks skip no block in any backend: they count as the causal mask does.
 Shapes: B batch, T tokens, N heads, H head_dim.
 """
 
-from tlite_jax.model.attention_kernels import TRITON_BACKWARD_BLOCK, TRITON_FORWARD_BLOCK, splash_block
+from tlite_jax.model.attention_kernels import TRITON_BACKWARD_BLOCK, TRITON_FORWARD_BLOCK, splash_blocks
 from tlite_jax.model.attention_xla import spans
 
 # Rows and columns of a block where the library decides: cuDNN does not say (128 x 128 assumed), tokamax by its
@@ -21,7 +21,7 @@ _BACKWARD_PRODUCTS = {
     "pallas_triton": 7,
     "tokamax_triton": 7,
     "tokamax_mosaic": 7,
-    "splash": 7,
+    "splash": 5,
 }
 
 
@@ -53,10 +53,11 @@ def _scores(name: str, T: int, *, is_backward: bool) -> int:
     if name == "xla_chunked":
         return sum((stop - start) * stop for start, stop in spans(T))
     if name == "splash":
-        block = splash_block(T)
+        rows, keys = splash_blocks(T)
+        columns = keys if is_backward else rows
     elif name == "pallas_triton":
-        block = TRITON_BACKWARD_BLOCK if is_backward else TRITON_FORWARD_BLOCK
+        rows = columns = TRITON_BACKWARD_BLOCK if is_backward else TRITON_FORWARD_BLOCK
     else:
-        block = _LIBRARY_BLOCK[name]
-    blocks = -(-T // block)
-    return block * block * blocks * (blocks + 1) // 2
+        rows = columns = _LIBRARY_BLOCK[name]
+    stops = range(rows, T + rows, rows)
+    return rows * sum(-(-stop // columns) * columns for stop in stops)

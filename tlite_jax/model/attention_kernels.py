@@ -13,7 +13,7 @@ KERNEL_ROWS = 128  # tokens; the kernels of Pallas divide a sequence into multip
 # The larger side of a block of Pallas Triton, forward and backward; the other is half of it. With eight warps none
 # spills registers on an A100 at head_dim 128; larger ones and the library's own forward blocks do (docs/attention.md).
 TRITON_FORWARD_BLOCK, TRITON_BACKWARD_BLOCK, TRITON_WARPS = 128, 64, 8
-SPLASH_LARGEST_BLOCK = 512
+SPLASH_LARGEST_BLOCK = 1024
 
 
 def require_whole_blocks(name: str, length: int) -> None:
@@ -98,17 +98,16 @@ def splash(
 
     T, N, H = q_BTNH.shape[1:]
     require_whole_blocks("splash", T)
-    block = splash_block(T)
+    block, keys = splash_blocks(T)
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * N),
         block_sizes=splash_attention.BlockSizes(
             block_q=block,
             block_kv=block,
             block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-            use_fused_bwd_kernel=False,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
         ),
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
@@ -123,6 +122,12 @@ def splash(
     return jax.vmap(one_sequence)(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT).transpose(0, 2, 1, 3)
 
 
-def splash_block(length: int) -> int:
-    """Queries and keys of a block of `splash`: the largest power of two, of at most 512, that divides the length."""
-    return min(SPLASH_LARGEST_BLOCK, length & -length)
+def splash_blocks(length: int) -> tuple[int, int]:
+    """Tokens of a block of `splash`, forward and for queries backward, and those of keys backward, powers of two.
+
+    Backward each block of keys writes its part of every query's gradient, to be summed after: at most eight of them
+    where the length allows, so that their memory grows as the length.
+    """
+    divisor = length & -length
+    block = min(SPLASH_LARGEST_BLOCK, divisor)
+    return block, min(max(block, length // 8), divisor)
