@@ -14,7 +14,8 @@ ARROWS = {
     "tlite_jax.config": [],
     "tlite_jax.config_files": ["tlite_jax.config", "tlite_jax.errors"],
     "tlite_jax.model": ["tlite_jax.config", "tlite_jax.errors"],
-    "tlite_jax.loss": ["tlite_jax.config", "tlite_jax.model"],
+    "tlite_jax.zeros": [],
+    "tlite_jax.loss": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.zeros"],
     "tlite_jax.optimizer": ["tlite_jax.config"],
     "tlite_jax.sharding": ["tlite_jax.config", "tlite_jax.errors"],
     "tlite_jax.verification": [],
@@ -58,7 +59,7 @@ ARROWS = {
     ],
     "tlite_jax.train.state": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.optimizer", "tlite_jax.sharding"],
     "tlite_jax.train.context": ["tlite_jax.config", "tlite_jax.errors", "tlite_jax.model", "tlite_jax.sharding"],
-    "tlite_jax.train.layers": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.sharding"],
+    "tlite_jax.train.layers": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.sharding", "tlite_jax.zeros"],
     "tlite_jax.train.gradients": [
         "tlite_jax.config",
         "tlite_jax.loss",
@@ -66,6 +67,7 @@ ARROWS = {
         "tlite_jax.sharding",
         "tlite_jax.train.context",
         "tlite_jax.train.layers",
+        "tlite_jax.zeros",
     ],
     "tlite_jax.train.compile_options": ["tlite_jax.config", "tlite_jax.model", "tlite_jax.sharding"],
     "tlite_jax.train.step": [

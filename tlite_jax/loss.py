@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tlite_jax.model.layers import linear
+from tlite_jax.zeros import zeros_after
 
 IGNORED = -1  # a target that is not scored
 
@@ -79,7 +80,7 @@ def cross_entropy_and_gradients(
         dhead_VD += jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
         return dhead_VD, (losses_C, jnp.einsum("cv,vd->cd", dlogits_CV, head_VD))
 
-    zeros = jnp.zeros(head_VD.shape, jnp.float32)
+    hidden_NCD, zeros = zeros_after(hidden_NCD, jax.ShapeDtypeStruct(head_VD.shape, jnp.float32))
     dhead_VD, (losses_NC, dhidden_NCD) = jax.lax.scan(body, zeros, (hidden_NCD, targets_NC))
     losses_BT = losses_NC.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
     dhidden_BTD = dhidden_NCD.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)

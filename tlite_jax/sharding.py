@@ -192,7 +192,8 @@ class Collectives:
 
     def accumulate(self, sums: Any, gradients: Any, specs: Any) -> Any:
         """Shards of sums of gradients, with whole gradients added."""
-        return jax.tree.map(jnp.add, sums, self.scatter(gradients, specs))
+        # Behind a barrier: XLA for TPUs would add up whole gradients and reduce-scatter them after the microbatches.
+        return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(self.scatter(gradients, specs)))
 
     @jax.named_scope("sum_replicas")
     def sum_replicas(self, shards: Any) -> Any:

@@ -22,6 +22,7 @@ from tlite_jax.model.layers import Product, product, rms_norm
 from tlite_jax.sharding import Collectives
 from tlite_jax.train.context import local_positions
 from tlite_jax.train.layers import Layers, Sum, Tree
+from tlite_jax.zeros import zeros_after
 
 Batch = dict[str, jax.Array]  # tokens, targets and, with document masking, segment_ids: [B, T] int32
 
@@ -67,8 +68,10 @@ class Gradients:
             jax.tree.map(lambda x: x[:num_alike], microbatches),
         )
         if num_alike < k:
-            # The barrier has the others end first: two microbatches at once would take the memory of two.
-            ending, sums = jax.lax.optimization_barrier((jax.tree.map(lambda x: x[-1], microbatches), sums))
+            # The barrier has the others end first: two microbatches at once would take the memory of two. And the
+            # parameters pass through it, or the last one's gathers would be under way, and take memory, all the while.
+            ending = jax.tree.map(lambda x: x[-1], microbatches)
+            params, ending, sums = jax.lax.optimization_barrier((params, ending, sums))
             sums, rows_B2 = self._microbatch(params, sums, ending, last=True)
             rows_kB2 = jnp.concatenate([rows_kB2, rows_B2[None]])
         return sums, rows_kB2.reshape(-1, 2)
@@ -108,9 +111,9 @@ class Gradients:
             dx_BTD,
             last=last,
         )
-        # The barrier gives these zeros a buffer of their own, now: XLA would share one with the head's all through.
-        dx_BTD, zero = jax.lax.optimization_barrier((dx_BTD, jnp.float32(0)))
-        dembedding_VD = dhead_VD if tied else jnp.broadcast_to(zero, embedding_VD.shape)
+        dembedding_VD = dhead_VD
+        if not tied:
+            dx_BTD, dembedding_VD = zeros_after(dx_BTD, jax.ShapeDtypeStruct(embedding_VD.shape, jnp.float32))
         with jax.named_scope("embedding_backward"):
             dembedding_VD = dembedding_VD.at[batch["tokens"]].add(dx_BTD.astype(jnp.float32))
         embedding_sum = collectives.accumulate(gradients["embedding"], dembedding_VD, specs["embedding"])

@@ -22,6 +22,7 @@ from tlite_jax.model.attention import Attend
 from tlite_jax.model.layers import Product
 from tlite_jax.model.remat import remat
 from tlite_jax.sharding import Collectives
+from tlite_jax.zeros import zeros_after
 
 Tree = Any  # a nested dict of arrays, or of shards of them
 
@@ -88,8 +89,8 @@ class Layers:
         """
         top, apply = self.model.num_hidden_layers - 1, self._apply()
 
-        def body(carry: tuple[jax.Array, Tree], layer: jax.Array) -> tuple[tuple[jax.Array, Tree], Any]:
-            x_BTD, weights = carry
+        def one(x_BTD: jax.Array, weights: Tree, layer: Any) -> tuple[jax.Array, Tree, Any]:
+            """Gives x after a layer, the next layer's weights, and what the backward pass needs of this one."""
             if self._is_alone:
                 weights, following = self._gather(blocks, layer), None
             else:
@@ -99,10 +100,18 @@ class Layers:
             x_BTD, vjp = jax.vjp(apply, weights, x_BTD, rope, segment_ids_BT)
             # It keeps its arguments, of which only x is worth it: the others are at hand in the backward pass.
             vjp.args_res[0], vjp.args_res[2:] = None, [None, None]
-            return (x_BTD, following), vjp
+            return x_BTD, following, vjp
 
-        carry = x_BTD, None if self._is_alone else self._gather(blocks, 0)
-        (x_BTD, weights), saved = jax.lax.scan(body, carry, jnp.arange(top + 1))
+        def body(carry: tuple, layer: jax.Array) -> tuple[tuple, None]:
+            x_BTD, weights, stacks = carry
+            x_BTD, weights, saved = one(x_BTD, weights, layer)
+            return (x_BTD, weights, _update(stacks, layer, jax.tree.leaves(saved))), None
+
+        weights = None if self._is_alone else self._gather(blocks, 0)
+        shapes, structure = jax.tree.flatten(jax.eval_shape(one, x_BTD, weights, 0)[2])
+        x_BTD, stacks = zeros_after(x_BTD, [jax.ShapeDtypeStruct((top + 1, *of.shape), of.dtype) for of in shapes])
+        (x_BTD, weights, stacks), _ = jax.lax.scan(body, (x_BTD, weights, stacks), jnp.arange(top + 1))
+        saved = jax.tree.unflatten(structure, stacks)
         return x_BTD, Forward(saved, weights, (rope, segment_ids_BT))
 
     @jax.named_scope("layers_backward")
