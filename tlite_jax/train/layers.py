@@ -102,16 +102,24 @@ class Layers:
             vjp.args_res[0], vjp.args_res[2:] = None, [None, None]
             return x_BTD, following, vjp
 
-        def body(carry: tuple, layer: jax.Array) -> tuple[tuple, None]:
+        weights = None if self._is_alone else self._gather(blocks, 0)
+        traced, shapes = jax.make_jaxpr(one, return_shape=True)(x_BTD, weights, 0)
+        leaves, structure = jax.tree.flatten(shapes[2])
+        # What is offloaded the scan stacks itself: in host memory, where nothing needs to be spared.
+        is_here = [aval.memory_space == jax.memory.Space.Device for aval in traced.out_avals[-len(leaves) :]]
+
+        def body(carry: tuple, layer: jax.Array) -> tuple[tuple, list[jax.Array]]:
             x_BTD, weights, stacks = carry
             x_BTD, weights, saved = one(x_BTD, weights, layer)
-            return (x_BTD, weights, _update(stacks, layer, jax.tree.leaves(saved))), None
+            here, offloaded = _partition(is_here, jax.tree.leaves(saved))
+            return (x_BTD, weights, _update(stacks, layer, here)), offloaded
 
-        weights = None if self._is_alone else self._gather(blocks, 0)
-        shapes, structure = jax.tree.flatten(jax.eval_shape(one, x_BTD, weights, 0)[2])
-        x_BTD, stacks = zeros_after(x_BTD, [jax.ShapeDtypeStruct((top + 1, *of.shape), of.dtype) for of in shapes])
-        (x_BTD, weights, stacks), _ = jax.lax.scan(body, (x_BTD, weights, stacks), jnp.arange(top + 1))
-        saved = jax.tree.unflatten(structure, stacks)
+        x_BTD, stacks = zeros_after(
+            x_BTD, [jax.ShapeDtypeStruct((top + 1, *of.shape), of.dtype) for of in _partition(is_here, leaves)[0]]
+        )
+        (x_BTD, weights, stacks), offloaded = jax.lax.scan(body, (x_BTD, weights, stacks), jnp.arange(top + 1))
+        parts = iter(stacks), iter(offloaded)
+        saved = jax.tree.unflatten(structure, [next(parts[0] if here else parts[1]) for here in is_here])
         return x_BTD, Forward(saved, weights, (rope, segment_ids_BT))
 
     @jax.named_scope("layers_backward")
@@ -207,6 +215,13 @@ class Layers:
 
     def _gather(self, blocks: Tree, layer: jax.Array | int) -> Tree:
         return self.collectives.gather(_index(blocks, layer), decoder.block_specs(self.model))
+
+
+def _partition(wanted: list[bool], leaves: list) -> tuple[list, list]:
+    """Those that are wanted, and the others."""
+    return [x for x, want in zip(leaves, wanted, strict=True) if want], [
+        x for x, want in zip(leaves, wanted, strict=True) if not want
+    ]
 
 
 def _index(stacked: Tree, layer: Any) -> Tree:
