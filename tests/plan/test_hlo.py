@@ -210,6 +210,17 @@ def test_traffic_counts_slices_and_updates_in_place_as_what_they_move():
     assert work.matmul_flops == np.float64(0)
 
 
+def test_traffic_counts_a_slice_fetched_ahead_as_the_slice():
+    """As libtpu fetches parts of an array into vector memory; the whole array is in the result's type."""
+    text = (
+        "HloModule m\n\nENTRY %main (q: s8[4096]) -> s8[64] {\n  %q = s8[4096]{0} parameter(0)\n"
+        "  %s = ((s8[4096]{0}), s8[64]{0:S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:64]}\n"
+        "  ROOT %d = s8[64]{0:S(1)} slice-done(%s)\n}\n"
+    )
+    work = Executed(Module(text), Kernels(0, 0, 1)).work(tiny_model(), needed_flops=0, shard_bytes=0)
+    assert work.elementwise_bytes == 2 * 64
+
+
 @pytest.mark.parametrize(
     ("line", "forward", "backward"),
     [

@@ -146,6 +146,8 @@ class Executed:
                 return 2.0 * _bytes(operands[1].results)
             case "copy-start":
                 return 2.0 * instruction.results[0].num_bytes
+            case "slice-start":  # (whole array, slice, context)
+                return 2.0 * instruction.results[1].num_bytes
             case "dynamic-slice" | "slice":
                 return 2.0 * written
             case "broadcast":
