@@ -86,7 +86,7 @@ def test_norms_are_those_of_the_arrays(replica, fsdp):
 
 
 def test_they_change_no_bit_of_the_training():
-    """In the program that training runs; with little code generation XLA sums the global norm's parts in another order."""
+    """In the program that training runs: with little code generation XLA takes the global norm in another order."""
     mesh = make_mesh(MeshConfig(replica=2, fsdp=4))
     batches = batches_on(mesh, 3)
     pairs = zip(*(steps_on(mesh, batches, norms=norms, quick=False) for norms in (False, True)), strict=True)
